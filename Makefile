@@ -120,6 +120,7 @@ tsan: $(VENV)/.with-cli,analysis,test
 
 bench: bench-system $(VENV)/.with-cli,bench
 	$(BIN)/python bench/compare $(BENCH_ARGS)
+	$(BIN)/python bench/readme_chart.py
 
 # The wheel is built from the sdist, so both are tested. Both contain the manual pages, in man/, because
 # an sdist never contains files of build/.

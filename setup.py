@@ -1,4 +1,4 @@
-"""The compiled core; everything else about the package is in pyproject.toml."""
+"""The compiled core and a plugin for volatility3; everything else about the package is in pyproject.toml."""
 
 import shlex
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, ExecError, LinkError
 
 
@@ -37,6 +38,29 @@ class BuildCore(build_ext):
         )
 
 
+class BuildModules(build_py):
+    """The package, and a module among volatility's plugins, where volatility3 looks for its extensions.
+
+    In an editable install volatility3 needs its option -p for that.
+    """
+
+    _PLUGIN = Path("pyqmigrate/integrations/volatility3_plugins/pyqmigrate_snapshots.py")
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.mkpath(str(self._plugin.parent))
+            self.copy_file(str(self._PLUGIN), str(self._plugin))
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        outputs = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, str(self._plugin)]
+
+    @property
+    def _plugin(self) -> Path:
+        return Path(self.build_lib) / "volatility3" / "plugins" / self._PLUGIN.name
+
+
 # There is no stable ABI without the GIL; csrc/build.py leaves it out there too.
 abi3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp311"}
 
@@ -45,7 +69,7 @@ pages = sorted(map(str, Path("man").glob("*.1")))
 
 setup(
     cffi_modules=["csrc/build.py:ffibuilder"],
-    cmdclass={"build_ext": BuildCore},
+    cmdclass={"build_ext": BuildCore, "build_py": BuildModules},
     data_files=[("share/man/man1", pages)] if pages else [],
     options={"bdist_wheel": abi3},
 )

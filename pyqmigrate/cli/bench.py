@@ -1,14 +1,16 @@
 """Measure which channel count and direct I/O setting is best on a disk.
 
 Saves a synthetic guest memory to a new file and loads it from a cold cache, with every setting in
-turn, three times. The results are medians; saves are timed up to the fsync. All files are removed
-at the end.
+turn, three times. The results are medians, and ranges from the slowest to the fastest run; saves are
+timed up to the fsync. Settings whose ranges overlap with the fastest one's do not clearly differ from
+it. All files are removed at the end.
 
 JSON: ``directory``; ``total_ram``, and how much of it is data, ``data_bytes``;
 ``direct_io_reason``; ``results``, a list of ``channels``, ``direct_io``, ``save_runs`` and
 ``load_runs`` (the seconds of each), ``save_rate`` and ``load_rate`` (bytes of data per second, from
 the medians); ``best``, an object of ``save`` and ``load``, each the ``channels`` and ``direct_io``
-of the fastest; ``plot``, the picture's path or null.
+of the fastest, and ``no_clear_difference``, a list of the ``channels`` and ``direct_io`` of those whose
+ranges overlap with its; ``plot``, the picture's path or null.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ __all__ = ["add_parser"]
 _DEFAULT_SIZE = 1024 * MIB
 _DEFAULT_CHANNELS = "1,2,4,8"
 _REPEAT = 3
+_WORKS = ("save", "load")
 _BLOCK = "pc.ram"
 
 
@@ -61,7 +64,9 @@ def add_parser(verbs: Verbs) -> None:
         help="channel counts to compare (default: %(default)s)",
     )
     parser.add_argument(
-        "--plot", metavar="FILE.png", help="also draw a chart of the results; needs matplotlib"
+        "--plot",
+        metavar="FILE",
+        help="also draw a chart of the results: FILE.svg, or FILE.png, which needs matplotlib",
     )
 
 
@@ -82,7 +87,6 @@ class _Setting:
 def _run(args: argparse.Namespace) -> Outcome:
     picture = None
     if args.plot is not None:
-        plot.check_available()
         picture = plot.check_place(args.plot)
     with scratch(args.dir) as directory:
         size = fitting_size(args.size, _DEFAULT_SIZE, directory, memories=2)
@@ -100,7 +104,9 @@ def _run(args: argparse.Namespace) -> Outcome:
     data_bytes = first.data_pages * PAGE
     data = _data(args, size, data_bytes, settings, first.direct_io_reason)
     if picture is not None:
-        plot.draw(picture, data["results"], f"{show_size(size)} guest in {args.dir}")
+        title = f"{show_size(size)} guest in {printable(args.dir)}"
+        conclusions = {work: _conclusion(data["best"], work) for work in _WORKS}
+        plot.draw(picture, args.plot, data["results"], data_bytes, title, conclusions)
     return Outcome(data, _lines(data))
 
 
@@ -149,14 +155,48 @@ def _data(
         "data_bytes": data_bytes,
         "direct_io_reason": reason,
         "results": results,
-        "best": {work: _fastest(results, work) for work in ("save", "load")},
+        "best": {work: _fastest(results, work) for work in _WORKS},
         "plot": args.plot,
     }
 
 
 def _fastest(results: list[dict[str, Any]], work: str) -> dict[str, Any]:
     fastest = max(results, key=lambda result: float(result[f"{work}_rate"]))
-    return {key: fastest[key] for key in ("channels", "direct_io")}
+    runs = f"{work}_runs"
+    return {
+        **_named(fastest),
+        "no_clear_difference": [
+            _named(result)
+            for result in results
+            if result is not fastest
+            and min(result[runs]) <= max(fastest[runs])
+            and min(fastest[runs]) <= max(result[runs])
+        ],
+    }
+
+
+def _named(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: result[key] for key in ("channels", "direct_io")}
+
+
+def _conclusion(best: dict[str, Any], work: str) -> str:
+    """Return a sentence on the fastest setting, and those that may be as fast."""
+    fastest = best[work]
+    alone = (
+        f"fastest {work}: {counted(fastest['channels'], 'channel')}, {_io(fastest['direct_io'])}"
+    )
+    equal = [
+        f"{_io(direct_io)} with {', '.join(channels)}"
+        for direct_io in (True, False)
+        if (
+            channels := [
+                str(named["channels"])
+                for named in fastest["no_clear_difference"]
+                if named["direct_io"] is direct_io
+            ]
+        )
+    ]
+    return f"{alone}; no clear difference: {', '.join(equal)}" if equal else alone
 
 
 def _lines(data: dict[str, Any]) -> list[str]:
@@ -165,11 +205,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         (
             r["channels"],
             _io(r["direct_io"]),
-            *(
-                f"{r[f'{work}_rate'] / MIB:.0f}"
-                + (" *" if best[work] == {key: r[key] for key in best[work]} else "  ")
-                for work in ("save", "load")
-            ),
+            *(cell for work in _WORKS for cell in _cells(data, r, work)),
         )
         for r in data["results"]
     ]
@@ -178,14 +214,20 @@ def _lines(data: dict[str, Any]) -> list[str]:
         f"in {printable(data['directory'])}; medians of {_REPEAT}",
         f"direct I/O: {data['direct_io_reason']}",
         "",
-        *table(("channels", "I/O", "save MiB/s", "load MiB/s"), rows, left=2),
+        *table(("channels", "I/O", "save MiB/s", "range", "load MiB/s", "range"), rows, left=2),
         "",
-        *(
-            f"fastest {work}: {counted(best[work]['channels'], 'channel')}, {_io(best[work]['direct_io'])}"
-            for work in ("save", "load")
-        ),
+        *(_conclusion(best, work) for work in _WORKS),
         *([f"picture: {printable(data['plot'])}"] if data["plot"] else []),
     ]
+
+
+def _cells(data: dict[str, Any], result: dict[str, Any], work: str) -> tuple[str, str]:
+    """Return the median and the range of a setting, in MiB/s."""
+    mark = "*" if _named(result) == _named(data["best"][work]) else " "
+    slowest, fastest = (
+        data["data_bytes"] / end(result[f"{work}_runs"]) / MIB for end in (max, min)
+    )
+    return f"{result[f'{work}_rate'] / MIB:.0f} {mark}", f"{slowest:.0f}-{fastest:.0f}"
 
 
 def _io(direct_io: bool) -> str:

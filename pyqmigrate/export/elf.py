@@ -11,19 +11,13 @@ Linux guest (:mod:`pyqmigrate.format.dump.elf`, :mod:`~pyqmigrate.format.dump.el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pyqmigrate.errors import UsageError
-from pyqmigrate.export.guest import Guest
-from pyqmigrate.export.image import Area, Image, ImageReport, write_image
+from pyqmigrate.export.elf_layout import ElfLayout
+from pyqmigrate.export.image import Image, ImageReport, write_image
 from pyqmigrate.export.vmcoreinfo import VmcoreinfoSearch
-from pyqmigrate.format.address_space.physical_map import processor_of
-from pyqmigrate.format.address_space.placement import GivenPlacement, Placement
-from pyqmigrate.format.device.cpu import cpu_registers
-from pyqmigrate.format.dump.elf import Segment, encode_head, head_length
-from pyqmigrate.format.dump.elf_notes import cpu_notes
-from pyqmigrate.format.dump.vmcoreinfo import NOTE_MAX
+from pyqmigrate.format.address_space.placement import GivenPlacement
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Progress
 from pyqmigrate.io.target import Target
@@ -31,8 +25,6 @@ from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["write_elf"]
-
-_ALIGNMENT = 1 << 20  # of blocks in the file: more than any direct I/O needs
 
 
 def write_elf(
@@ -62,47 +54,27 @@ def write_elf(
     Raises NotSupported if a machine's address space, or the split of RAM at 4 GiB, is not known and
     not given, UsageError, SnapshotError, TargetError, Cancelled. The target is unchanged then.
     """
-    if byte_order not in (None, "little", "big"):
-        raise UsageError(f"byte_order must be 'little' or 'big', not {byte_order!r}")
-    guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g, description)
-    processor = processor_of(snapshot.machine, snapshot.blocks, guest.devices)
-    cpus = [cpu for cpu in cpu_registers(guest.devices) if cpu.architecture in processor.described]
-    notes = b"".join(cpu_notes(cpus, guest.devices))
-    offset = head_length(len(guest.ranges), len(notes) + NOTE_MAX)
-    areas = {}
-    for name, start, end in _spans(guest.ranges):
-        offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
-        areas[name] = Area(snapshot.blocks[name], start, end - start, offset)
-        offset += end - start
-    big_endian = processor.big_endian if byte_order is None else byte_order == "big"
-    search = VmcoreinfoSearch(snapshot, big_endian=big_endian)
-    segments = [_segment(placement, areas[placement.block]) for placement in guest.ranges]
+    layout = ElfLayout.of(
+        snapshot,
+        placements=placements,
+        max_ram_below_4g=max_ram_below_4g,
+        byte_order=byte_order,
+        description=description,
+        progress=progress,
+    )
+    search = VmcoreinfoSearch(snapshot, big_endian=layout.big_endian)
 
     def head() -> bytes:
-        return encode_head(processor.elf, segments, notes + search.note(), big_endian=big_endian)
+        return layout.head(search.note())
 
     return write_image(
         snapshot,
         target,
-        guest,
-        Image([*areas.values()], offset, lambda: [(0, head())], watch=search.watched),
-        cpus=len(cpus),
+        layout.guest,
+        Image(layout.areas, layout.length, lambda: [(0, head())], watch=search.watched),
+        cpus=layout.cpus,
         channels=channels,
         direct_io=direct_io,
         sparse=sparse,
         progress=progress,
     )
-
-
-def _spans(ranges: Sequence[Placement]) -> Iterator[tuple[str, int, int]]:
-    """Yield the name of each block, and the first and the end of the bytes that ranges show."""
-    spans: dict[str, tuple[int, int]] = {}
-    for shown in ranges:
-        start, end = spans.get(shown.block, (shown.offset, 0))
-        spans[shown.block] = min(start, shown.offset), max(end, shown.offset + shown.length)
-    for name, (start, end) in spans.items():
-        yield name, start, end
-
-
-def _segment(shown: Placement, area: Area) -> Segment:
-    return Segment(shown.address, area.position + shown.offset - area.offset, shown.length)

@@ -1,21 +1,25 @@
-"""Search for Linux's VMCOREINFO in the memory of a guest while it is exported.
+"""Search for Linux's VMCOREINFO in the memory of a guest.
 
 It is at the start of a page, and only the kernel's symbols say of which one. The core checks the start
-of every page that the export reads, so that memory is not read a second time.
+of every page that is read: by an export, so that memory is not read a second time, or by
+:func:`find_vmcoreinfo`, which reads until it is found.
 """
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterable
 from dataclasses import replace
 
 from pyqmigrate.core import PatternSearch
 from pyqmigrate.format.dump.vmcoreinfo import HEAD_LENGTH, head_pattern, note_length
 from pyqmigrate.io.memory import SnapshotMemory
-from pyqmigrate.snapshot.base import Block, Snapshot
+from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
 
-__all__ = ["VmcoreinfoSearch"]
+__all__ = ["VmcoreinfoSearch", "find_vmcoreinfo"]
 
 _PAGE = 4096  # the smallest of Linux
+_PIECE = 4 << 20  # bytes that are read at once
 
 
 class VmcoreinfoSearch:
@@ -49,3 +53,29 @@ class VmcoreinfoSearch:
             if length is not None and offset + length <= block.length:
                 return block.read(offset, length)
         return b""
+
+
+def find_vmcoreinfo(
+    snapshot: Snapshot, blocks: Iterable[Block], *, big_endian: bool = False
+) -> bytes:
+    """Return the VMCOREINFO of a guest, the whole note; empty if there is none.
+
+    The data pages of ``blocks`` are read until it is found. Raises SnapshotError and TargetError if
+    they cannot be read.
+    """
+    search = VmcoreinfoSearch(snapshot, big_endian=big_endian)
+    for block in blocks:
+        source = search.watched(block, block.memory()).source
+        for first, end, has_data in block.runs():
+            if not has_data:
+                continue
+            start, stop = first * block.page_size, end * block.page_size
+            for offset in range(start, stop, _PIECE):
+                try:
+                    source.read(offset, min(_PIECE, stop - offset))
+                except OSError as error:
+                    number = error.errno or errno.EIO
+                    raise error_from_errno(number, snapshot.source, block.name) from None
+                if note := search.note():
+                    return note
+    return b""

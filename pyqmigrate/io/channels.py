@@ -7,6 +7,7 @@ which runs without the GIL and polls the job's state.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -73,7 +74,9 @@ def check_channels(channels: int) -> int:
 class Channels:
     """The threads of one job, which work through ranges, and its state in the core.
 
-    ``core`` is that state; ``count`` is the number of threads that :meth:`run` starts.
+    ``core`` is that state; ``count`` is the number of threads that :meth:`run` starts. ``observer``, if
+    any, is called by each thread at its end: with its number, its start and its end
+    (``time.monotonic()``), and the number of pages that it went through.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -83,6 +86,7 @@ class Channels:
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._siblings: list[Channels] = []
+        self.observer: Callable[[int, float, float, int], object] | None = None
 
     def sibling(self, name: str) -> Channels:
         """Return as many channels, with totals of their own, that are cancelled with these."""
@@ -130,24 +134,29 @@ class Channels:
         """
         pending = iter(ranges)
 
-        def work() -> None:
+        def work(number: int) -> None:
+            started_at, pages = time.monotonic(), 0
             try:
                 with Channel() as channel:
                     while True:
                         with self._lock:
                             item = next(pending, None)
                         if item is None:
-                            return
+                            break
                         rc = move(channel, item)
+                        pages += item.npages
                         if rc < 0:
                             raise error_from_fault(
                                 rc, channel.fault, target, block_names[item.block]
                             )
             except BaseException as error:
                 self._stop(error)
+            if self.observer is not None:
+                self.observer(number, started_at, time.monotonic(), pages)
 
         threads = [
-            threading.Thread(target=work, name=f"{self.name}-{n}") for n in range(self.count)
+            threading.Thread(target=work, args=(n,), name=f"{self.name}-{n}")
+            for n in range(self.count)
         ]
         started = []
         try:

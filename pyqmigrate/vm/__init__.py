@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.restore import restore
     from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmLiveOptions, VmSaveOptions
     from pyqmigrate.vm.outgoing.report import VmSaveReport
+    from pyqmigrate.vm.outgoing.timeline import Phase
     from pyqmigrate.vm.plan.check import CheckReport
     from pyqmigrate.vm.plan.engine import Engine
     from pyqmigrate.vm.plan.live_option import Instant, LiveMethod
@@ -53,6 +54,7 @@ __all__ = [
     "PoolServer",
     # Reports.
     "VmSaveReport",
+    "Phase",
     "RestoreReport",
     "WorkingSetReport",
     "CheckReport",
@@ -106,6 +108,7 @@ _HOME = {
     "VmLiveOptions": "outgoing.options",
     "VmSaveOptions": "outgoing.options",
     "VmSaveReport": "outgoing.report",
+    "Phase": "outgoing.timeline",
 }
 
 

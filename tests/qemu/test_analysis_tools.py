@@ -15,11 +15,15 @@ from pathlib import Path
 
 import pytest
 
+import pyqmigrate
+from pyqmigrate.compaction import compact
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.format.device.decode import decode_devices
 from pyqmigrate.qmp.client import QmpClient
 from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.store.adding import add
+from pyqmigrate.store.store import Store
 from tests.harness.libvirt import RAM, Libvirt
 from tests.harness.libvirt import save as save_by_libvirt
 from tests.harness.linux_guest import LinuxGuest
@@ -30,6 +34,8 @@ from tests.harness.verbs import save
 
 pytestmark = pytest.mark.qemu
 
+SCHEME = "pyqmigrate"
+PLUGINS = Path(pyqmigrate.__path__[0]) / "integrations" / "volatility3_plugins"
 FORMS = ["elf", "lime"]
 LAYERS = {"elf": "Elf64Layer", "lime": "LimeLayer"}
 VOLATILITY = "import sys; sys.argv[0] = 'vol'; from volatility3.cli import main; main()"
@@ -48,6 +54,20 @@ class Linux:
     banner_at: int
     registers: dict[str, int]
     files: dict[str, Path]
+    snapshot: Path
+
+    def as_kind(self, kind: str) -> Path | str:
+        """The snapshot as one of that kind."""
+        path = self.snapshot.with_name(kind)
+        if kind == "compact":
+            compact(self.snapshot, path)
+        elif kind == "stream":
+            convert(self.snapshot, path, to="stream")
+        elif kind == "store":
+            with Store.create(path) as store:
+                add(store, self.snapshot, name="s")
+            return f"{path}#s"
+        return path if path.exists() else self.snapshot
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +84,8 @@ def linux(module_disk: Path) -> Linux:
     files = {form: module_disk / form for form in FORMS}
     for form, path in files.items():
         convert(module_disk / "s", path, to=form)
-    return Linux(release, banner, int(symbol.split()[0], 16), registers_said(text), files)
+    address = int(symbol.split()[0], 16)
+    return Linux(release, banner, address, registers_said(text), files, module_disk / "s")
 
 
 def program(name: str) -> str:
@@ -79,7 +100,7 @@ def need(module: str) -> None:
         lack(f"{module} is not installed: it is in the extra 'test'")
 
 
-def volatility(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def volatility(path: Path | str, *words: str) -> subprocess.CompletedProcess[str]:
     need("volatility3")
     return subprocess.run(
         [sys.executable, "-c", VOLATILITY, "-q", "--offline", "-f", str(path), *words],
@@ -169,21 +190,55 @@ def test_crash_knows_the_kernel(linux: Linux) -> None:
     assert ran.stdout.strip() == linux.release
 
 
-def test_drgn_reads_the_kernel_by_its_own_addresses(linux: Linux) -> None:
+DRGN = (
+    "import drgn, json, sys\n"
+    "{program}\n"
+    "banner = program.read_c_string(int(sys.argv[2])).decode()\n"
+    "print(json.dumps([bool(program.flags & drgn.ProgramFlags.IS_LINUX_KERNEL),"
+    " program['UTS_RELEASE'].string_().decode(), banner]))\n"
+)
+OF_CORE = "program = drgn.Program()\nprogram.set_core_dump(sys.argv[1])"
+OF_SNAPSHOT = (
+    "from pyqmigrate.integrations.drgn import program as made\nprogram = made(sys.argv[1])"
+)
+
+
+def drgn(name: Path | str, address: int, made: str) -> object:
     need("drgn")
-    code = (
-        "import drgn, json, sys\n"
-        "program = drgn.Program()\n"
-        "program.set_core_dump(sys.argv[1])\n"
-        "banner = program.read_c_string(int(sys.argv[2])).decode()\n"
-        "print(json.dumps([bool(program.flags & drgn.ProgramFlags.IS_LINUX_KERNEL),"
-        " program['UTS_RELEASE'].string_().decode(), banner]))\n"
-    )
     ran = subprocess.run(
-        [sys.executable, "-c", code, str(linux.files["elf"]), str(linux.banner_at)],
+        [sys.executable, "-c", DRGN.format(program=made), str(name), str(address)],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    assert json.loads(ran.stdout) == [True, linux.release, linux.banner + "\n"]
+    return json.loads(ran.stdout)
+
+
+def test_drgn_reads_the_kernel_by_its_own_addresses(linux: Linux) -> None:
+    said = drgn(linux.files["elf"], linux.banner_at, OF_CORE)
+    assert said == [True, linux.release, linux.banner + "\n"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mapped-ram",
+        *(pytest.param(k, marks=pytest.mark.long) for k in ("compact", "stream", "store")),
+    ],
+)
+def test_drgn_reads_the_same_from_a_snapshot(linux: Linux, kind: str) -> None:
+    said = drgn(linux.as_kind(kind), linux.banner_at, OF_SNAPSHOT)
+    assert said == [True, linux.release, linux.banner + "\n"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["{}", f"{SCHEME}:{{}}"])
+def test_volatility_finds_the_same_in_a_snapshot_as_in_its_core(linux: Linux, name: str) -> None:
+    ran = volatility(
+        name.format(linux.snapshot), "-vv", "-p", str(PLUGINS), "-r", "json", "banners.Banners"
+    )
+    of_core = volatility(linux.files["elf"], "-r", "json", "banners.Banners")
+    rows = ran.stdout[ran.stdout.index("[") :]
+    assert json.loads(rows) == json.loads(of_core.stdout[of_core.stdout.index("[") :])
+    assert re.search(r"layers: \[.*'Elf64Layer', ('SnapshotLayer', )?'FileLayer'\]", ran.stderr)

@@ -112,6 +112,7 @@ def kitchen(saved: Saved, disk: Path, child_environment: dict[str, str]) -> Iter
     command = disk / "bin" / "pyqmigrate"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m pyqmigrate "$@"\n')
     command.chmod(0o700)
+    (disk / "bin" / "python3").symlink_to(sys.executable)
     path = f"{disk}/bin:{child_environment['PATH']}"
     vm = " ".join(saved.command(serial=disk / "serial"))
     at_work = Kitchen(disk, {**child_environment, "PATH": path, "VM": vm})
@@ -275,3 +276,18 @@ def test_slow_disk_is_read_ahead(kitchen: Kitchen, saved: Saved) -> None:
     assert output is not None
     lines = iter(output.readline, b"")
     assert next(line for line in lines if line.startswith(b"prefetch ")).split()[1] != b"0"
+
+
+def test_stored_guest_is_read_by_drgn(kitchen: Kitchen, saved: Saved) -> None:
+    pytest.importorskip("drgn")
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    [printed] = kitchen.cook("Look into a stored guest that crashed")
+    assert printed.endswith(f"{saved.memory['pc.ram'][0x7C00:0x7C04].hex()}\n")
+
+
+def test_time_of_a_save_is_drawn(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    _, _, longest = kitchen.cook("See where the time of a save goes")
+    assert (kitchen.directory / "save.svg").read_bytes().startswith(b"<svg ")
+    assert len(longest.splitlines()) == 5
+    assert " guest " in longest

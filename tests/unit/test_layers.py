@@ -21,7 +21,7 @@ LAYERS = [
     {"integrity", "export", "migration"},
     {"analysis", "api", "compaction", "qmp", "vm", "store"},
     {"mount", "fleet", "page_server"},
-    {"cli"},
+    {"cli", "integrations"},
 ]
 FORMER_NAMES = {"opening", "sealing", "sequential"}  # of modules, without code of their own
 # Inside pyqmigrate/vm, likewise.

@@ -155,3 +155,12 @@ def test_wheel_and_sdist_have_every_file_of_the_package(
         installed = set(archive.namelist())
     assert in_git() - installed == set()
     assert not any(name.startswith(("tests", "csrc", "docs")) for name in installed)
+
+
+def test_wheel_has_a_plugin_for_volatility3(tmp_path: Path) -> None:
+    ran = build(tmp_path, "-q", "build_py", "--build-lib", "out")
+    assert ran.returncode == 0, ran.stderr
+    plugin = "pyqmigrate_snapshots.py"
+    source = ROOT / "pyqmigrate" / "integrations" / "volatility3_plugins" / plugin
+    built = tmp_path / "out" / "volatility3" / "plugins" / plugin
+    assert built.read_text() == source.read_text()

@@ -32,13 +32,18 @@ on what a restore needs of the writable disks); ``record`` (the file that descri
 null) and ``method_why``; ``instant`` (start or end: of the save, whose state the file holds);
 ``rounds`` (passes of a live save over the memory, or null), ``slowdown`` (the share of the
 processor time of its CPUs that the guest lost during the save; null if not known); ``base`` (the
-snapshot that an increment belongs to, or null) and ``changed_pages`` (null without one); ``notes`` (sentences).
+snapshot that an increment belongs to, or null) and ``changed_pages`` (null without one);
+``timeline`` (what happened when: a list of objects with ``lane``, which is guest, qemu, pages, file or
+channel N, ``name``, ``begins`` and ``ends`` in seconds since the save began, and ``pages``, how many pages a
+channel went through, or null); ``timeline_picture`` (the path of the picture, or null); ``notes`` (sentences).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqmigrate.cli.arguments import (
@@ -51,11 +56,13 @@ from pyqmigrate.cli.arguments import (
 )
 from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data
+from pyqmigrate.cli.picture_file import check_picture_place, write_picture
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import refuse_standard
 from pyqmigrate.cli.vm.live import add_live, live_options
 from pyqmigrate.cli.vm.settings import setting_lines
+from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.snapshot.save.writer import Sparse
 
@@ -105,6 +112,11 @@ def add_parser(verbs: Verbs) -> None:
         default="auto",
         help="describe device state that QEMU does not describe (default: auto)",
     )
+    parser.add_argument(
+        "--timeline",
+        metavar="FILE.svg",
+        help="also draw what happened when: the pause, device state, each channel, the file",
+    )
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -112,6 +124,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.outgoing.save import save
 
     refuse_standard(args.snapshot, "the snapshot of a guest is written to a file")
+    place = None if args.timeline is None else check_picture_place(args.timeline, ".svg")
     with shown("vm save") as show:
         report = run_interruptible(
             save(
@@ -131,10 +144,39 @@ def _run(args: argparse.Namespace) -> Outcome:
                 **live_options(args),
             )
         )
-    data = report.to_json()
+    if place is not None:
+        report = _draw(report, place, str(args.timeline))
+    data = report.to_json() | {"timeline_picture": args.timeline}
     if report.seal is not None:
         data["seal"] = seal_data(seal_path(report.snapshot), report.seal)
-    return Outcome(data, [printable(line) for line in _lines(report)])
+    lines = [*_lines(report), *([f"timeline  {args.timeline}"] if args.timeline else [])]
+    return Outcome(data, [printable(line) for line in lines])
+
+
+def _draw(report: VmSaveReport, place: Path, path: str) -> VmSaveReport:
+    """Draw the timeline. The snapshot is complete whatever happens here: a failure is a note."""
+    from pyqmigrate.cli.vm.timeline import picture
+
+    data = picture(report.timeline, *_title(report))
+    try:
+        write_picture(place, path, lambda file: file.write(data))
+    except PyqmigrateError as error:
+        note = f"the timeline was not drawn: {error}"
+        return dataclasses.replace(report, notes=(*report.notes, note))
+    return report
+
+
+def _title(report: VmSaveReport) -> tuple[str, str]:
+    """Return the title of the timeline, and the line below."""
+    name = Path(report.snapshot).name
+    how = f"engine {report.engine}" if report.method is None else f"live, method {report.method}"
+    size = show_size(report.bytes_written)
+    rate = show_rate(report.bytes_written, report.seconds)
+    return (
+        f"{name}: {how}",
+        f"{size} written in {report.seconds:.2f} s, {rate} MiB/s, "
+        f"{counted(report.channels, 'channel')}, direct I/O {'on' if report.direct_io else 'off'}",
+    )
 
 
 def _lines(report: VmSaveReport) -> Iterator[str]:

@@ -31,6 +31,7 @@ from pyqmigrate.vm.guest.run_state import set_run_state
 from pyqmigrate.vm.outgoing.fdset import open_for_qemu
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import ENDED, Written, finish_migration
+from pyqmigrate.vm.outgoing.timeline import Lane
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 
 __all__ = ["save_background"]
@@ -74,7 +75,8 @@ async def save_background(save: LiveSave) -> Written:
                     notes.append(_UNTOUCHED)
                 started_at = time.monotonic()
                 await _start_with_disks(save, path)
-            info = await finish_migration(transaction, progress=save.options.progress)
+            with transaction.timeline.phase(Lane.QEMU, "write pages and device state"):
+                info = await finish_migration(transaction, progress=save.options.progress)
             await transaction.went_on()
     downtime = transaction.events.downtime(time.monotonic() - started_at)
     if downtime is None:
@@ -83,7 +85,8 @@ async def save_background(save: LiveSave) -> Written:
         notes.append(
             f"the guest was paused for {downtime * 1e3:.0f} ms at the start, longer than expected"
         )
-    pages = await shielded(asyncio.to_thread(complete_background_snapshot, save.output))
+    with transaction.timeline.phase(Lane.FILE, "complete"):
+        pages = await shielded(asyncio.to_thread(complete_background_snapshot, save.output))
     run_state = save.guest.run_state
     if save.while_paused is not None and not await shielded(
         asyncio.to_thread(set_run_state, save.output, run_state)

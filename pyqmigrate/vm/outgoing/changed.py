@@ -45,9 +45,10 @@ from pyqmigrate.vm.outgoing.device_state import (
     read_device_sections_of,
     save_device_sections,
 )
-from pyqmigrate.vm.outgoing.direct import encode_rest
+from pyqmigrate.vm.outgoing.direct import FINISH, encode_rest
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
+from pyqmigrate.vm.outgoing.timeline import Lane
 from pyqmigrate.vm.plan.live_changed import expected_pause
 from pyqmigrate.vm.plan.settings import no_changes
 
@@ -134,9 +135,10 @@ class _Changed:
             self._stash = Stash([*blocks, *whole])
             channels = save.options.channels
             started = time.monotonic()
-            if self._digests is not None:
-                self._compare().wait()
-            expected = self._stash.prepare(channels=channels, room=_room())
+            with save.transaction.timeline.phase(Lane.PAGES, "find changed pages"):
+                if self._digests is not None:
+                    self._compare().wait()
+                expected = self._stash.prepare(channels=channels, room=_room())
             self._check(expected, time.monotonic() - started)
         except BaseException:
             self.close()
@@ -273,11 +275,14 @@ class _Changed:
             if save.while_paused is not None:
                 await save.while_paused()
             self._check_limit(stopped_at)
-            await save_device_sections(transaction, save.guest, path)
+            with transaction.timeline.phase(Lane.QEMU, "device state"):
+                await save_device_sections(transaction, save.guest, path)
             self._check_limit(stopped_at)
-            if self._digests is not None:
-                await self._limited(self._compare(), stopped_at)
-            await self._limited(self.stash.start_copy(channels=save.options.channels), stopped_at)
+            with transaction.timeline.phase(Lane.PAGES, "copy changed pages"):
+                if self._digests is not None:
+                    await self._limited(self._compare(), stopped_at)
+                copying = self.stash.start_copy(channels=save.options.channels)
+                await self._limited(copying, stopped_at)
             await transaction.check_still_stopped()
         except LiveSaveAbandoned:
             if save.guest.running and save.while_paused is None:
@@ -389,12 +394,15 @@ class _Changed:
             if seal is not None:
                 observer = SaveSeal(seal, self.save.output.offset)
             writer = Writer(self._target, self._layers(), self._options(state), observer)
+        timeline = self.save.transaction.timeline
+        timeline.watch(writer.channels, "write")
 
         def write() -> SaveReport:
             try:
                 writer.begin()
                 writer.write_pages(selections)
-                report = writer.finish_with(encode_rest(state, self.describing, writer))
+                with timeline.phase(Lane.FILE, FINISH):
+                    report = writer.finish_with(encode_rest(state, self.describing, writer))
                 # It gets its name as what it has become.
                 self.save.output.prefix = writer.target.prefix
                 self.save.output.offset = writer.target.offset
@@ -409,6 +417,8 @@ class _Changed:
             raise
 
     def _start_clone(self, clone: ReflinkWriter, state: DeviceState) -> Job[SaveReport]:
+        self.save.transaction.timeline.watch(clone.channels, "write")
+
         def write() -> SaveReport:
             return clone.write(
                 self._changes(),

@@ -29,6 +29,7 @@ from pyqmigrate.vm.cancellation import shielded
 from pyqmigrate.vm.outgoing.fdset import open_for_qemu
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written, migrate
+from pyqmigrate.vm.outgoing.timeline import Lane
 from pyqmigrate.vm.plan.live_converge import DEFAULT_PAUSE
 
 __all__ = ["Convergence", "save_converge"]
@@ -81,6 +82,8 @@ async def save_converge(save: LiveSave) -> Written:
             if save.while_paused is not None:
                 await transaction.check_still_stopped()
             completed_at = time.monotonic()
+            for number, start, end in convergence.rounds(completed_at):
+                transaction.timeline.add(Lane.QEMU, f"round {number}", start, end)
             if save.resume:
                 await transaction.resume()
     downtime = None
@@ -88,7 +91,8 @@ async def save_converge(save: LiveSave) -> Written:
         measured = time.monotonic() - completed_at + info["downtime"] / 1000
         reported = transaction.events.downtime(measured + 1)
         downtime = measured if reported is None else reported
-    await shielded(asyncio.to_thread(_clear_stale, save.output, save.options.channels))
+    with transaction.timeline.phase(Lane.FILE, "remove old bytes"):
+        await shielded(asyncio.to_thread(_clear_stale, save.output, save.options.channels))
     ram = info["ram"]
     return Written(
         ram["transferred"], downtime, _notes(downtime, promised), rounds=ram["dirty-sync-count"]
@@ -126,6 +130,13 @@ class Convergence:
         if elapsed > limit or (new and elapsed + self._remaining_time(rate) > limit):
             return self._reason(rate)
         return None
+
+    def rounds(self, ended_at: float) -> list[tuple[int, float, float]]:
+        """Return number, start and end of each round that was observed, the last of which ended then."""
+        ends = [*(start for _, start, _ in self._starts[1:]), ended_at]
+        return [
+            (number, start, end) for (number, start, _), end in zip(self._starts, ends, strict=True)
+        ]
 
     def _remaining_time(self, rate: float) -> float:
         """Return how long it takes to converge, by the rounds after the first; 0 if not known."""

@@ -12,6 +12,7 @@ from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from pyqmigrate.vm.guest.run_state import LOADABLE
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, migrate
+from pyqmigrate.vm.outgoing.timeline import Lane
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod, devices_with_backends
 
@@ -43,9 +44,10 @@ async def save_device_state(
     ``while_paused`` is called at that instant. Raises QemuError (DeviceStateRefused), and
     NotSupported if QEMU writes something that a snapshot cannot contain.
     """
-    if way is DeviceStateMethod.IGNORE_SHARED:
-        return await _migrate_devices(transaction, guest, while_paused)
-    return await _save_devices(transaction, guest, while_paused)
+    with transaction.timeline.phase(Lane.QEMU, "device state"):
+        if way is DeviceStateMethod.IGNORE_SHARED:
+            return await _migrate_devices(transaction, guest, while_paused)
+        return await _save_devices(transaction, guest, while_paused)
 
 
 async def _migrate_devices(
@@ -96,7 +98,10 @@ async def try_device_state(
     if way is not DeviceStateMethod.DEVICES_ONLY or guest.run_state != "running":
         return
     await transaction.check_no_migration()
-    with memory_file() as (written, _):
+    with (
+        transaction.timeline.phase(Lane.QEMU, "device state, a trial"),
+        memory_file() as (written, _),
+    ):
         async with transaction.add_fds({"device-state": written}) as path:
             await save_device_sections(transaction, guest, path)
 

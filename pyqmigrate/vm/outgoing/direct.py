@@ -31,6 +31,7 @@ from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.outgoing.device_state import save_device_state
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
 from pyqmigrate.vm.outgoing.options import ProgressCallback
+from pyqmigrate.vm.outgoing.timeline import Lane, Timeline
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.settings import Changes
@@ -38,7 +39,9 @@ from pyqmigrate.vm.plan.settings import Changes
 if TYPE_CHECKING:
     from pyqmigrate.vm.twin.describing import Describing
 
-__all__ = ["encode_rest", "notes_of", "save_direct"]
+__all__ = ["FINISH", "encode_rest", "notes_of", "save_direct"]
+
+FINISH = "bitmaps, tail, fsync"
 
 _REPORT_EVERY = 0.1  # seconds
 
@@ -108,7 +111,9 @@ async def _save(
     state = await save_device_state(transaction, guest, way, while_paused)
     check_cancelled()
     observer = None if seal is None else SaveSeal(seal, target.offset)
-    job, pages_written = _start(target, guest, state, channels, sparse, observer, describing)
+    job, pages_written = _start(
+        target, guest, state, channels, sparse, observer, describing, transaction.timeline
+    )
     downtime = None
     try:
         if describing is not None and not (resume and guest.running):
@@ -152,6 +157,7 @@ def _start(
     sparse: Sparse,
     observer: SaveSeal | None,
     describing: Describing | None,
+    timeline: Timeline,
 ) -> tuple[Job[SaveReport], asyncio.Event]:
     """Start to write; the event is set when the pages are written or the job has ended."""
     loop = asyncio.get_running_loop()
@@ -169,6 +175,7 @@ def _start(
         ),
         observer,
     )
+    timeline.watch(writer.channels, "write")
 
     def notify() -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -179,7 +186,8 @@ def _start(
             writer.begin()
             writer.write_pages()
             notify()
-            return writer.finish_with(encode_rest(state, describing, writer))
+            with timeline.phase(Lane.FILE, FINISH):
+                return writer.finish_with(encode_rest(state, describing, writer))
         finally:
             writer.close()
 

@@ -39,9 +39,10 @@ from pyqmigrate.vm.outgoing.device_state import (
     save_device_state,
     try_device_state,
 )
-from pyqmigrate.vm.outgoing.direct import encode_rest, notes_of
+from pyqmigrate.vm.outgoing.direct import FINISH, encode_rest, notes_of
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
+from pyqmigrate.vm.outgoing.timeline import Lane
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.live_precopy import pause_channels
 
@@ -107,6 +108,9 @@ class _Precopy:
         count = max(save.options.channels, pause_channels())
         self.pausing = Channels(count, "pyqmigrate-compare")
         self.writer.channels.join(self.pausing)
+        self.timeline = save.transaction.timeline
+        self.timeline.watch(self.comparing, "compare")
+        self.timeline.watch(self.pausing, "compare and copy")
 
     def close(self) -> None:
         self._cleanup.close()
@@ -164,6 +168,7 @@ class _Precopy:
     def _write_live(self) -> None:
         """Write all pages; then, as long as it makes the pause much shorter, those that changed."""
         writer, copies = self.writer, self.copies
+        self.timeline.watch(writer.channels, "write, round 1")
         writer.begin()
         writer.write_pages(tables=self.tables)
         self.rounds = 1
@@ -176,6 +181,7 @@ class _Precopy:
             copies.copy(self.comparing, _room())
             self.compare_seconds = time.monotonic() - started_at
             self.compare_seconds -= copies.copied_bytes / _COPY_RATE
+            self.timeline.watch(writer.channels, f"write, round {self.rounds + 1}")
             writer.rewrite_pages(copies.copied, copies.memories)
             self.rounds += 1
         self.expected = expected
@@ -272,10 +278,12 @@ class _Precopy:
 
     def _finish(self, state: DeviceState) -> SaveReport:
         writer = self.writer
+        self.timeline.watch(writer.channels, "write what was copied")
         writer.rewrite_pages(self.copies.copied, self.copies.memories)
         if writer.sparse is Sparse.EXACT:
             writer.clean()
-        return writer.finish_with(encode_rest(state, self.describing, writer))
+        with self.timeline.phase(Lane.FILE, FINISH):
+            return writer.finish_with(encode_rest(state, self.describing, writer))
 
     def _release_tables(self) -> Callable[[Path, SnapshotId], None]:
         """Return what writes the digests; they are its own from now on."""

@@ -15,6 +15,7 @@ from pyqmigrate.vm.guest.run_state import set_run_state
 from pyqmigrate.vm.outgoing.fdset import open_for_qemu
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written, migrate
 from pyqmigrate.vm.outgoing.options import ProgressCallback
+from pyqmigrate.vm.outgoing.timeline import Lane
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.settings import Changes
 
@@ -46,7 +47,10 @@ async def save_qemu(
             stopped_at = time.monotonic()
             if running:
                 await transaction.stop()
-            info = await migrate(transaction, path, while_paused=while_paused, progress=progress)
+            with transaction.timeline.phase(Lane.QEMU, "write pages and device state"):
+                info = await migrate(
+                    transaction, path, while_paused=while_paused, progress=progress
+                )
             if while_paused is not None:
                 await transaction.check_still_stopped()
             now = time.monotonic()

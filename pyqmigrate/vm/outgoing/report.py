@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.vm.outgoing.timeline import Phase
 from pyqmigrate.vm.plan.engine import Engine
 from pyqmigrate.vm.plan.live_option import Instant, LiveMethod
 from pyqmigrate.vm.plan.settings import UsedSetting
@@ -32,6 +33,8 @@ class VmSaveReport:
     virtual CPUs that the guest lost during the save (:mod:`pyqmigrate.vm.guest.processor_time`);
     None if not known. ``base`` is the snapshot that an increment belongs to, and
     ``changed_pages`` the number of pages that differ from it; None for a whole snapshot.
+
+    ``timeline`` is what happened when, by its start: each :class:`~pyqmigrate.vm.Phase` in a lane.
     """
 
     snapshot: str
@@ -60,6 +63,7 @@ class VmSaveReport:
     slowdown: float | None = None
     base: str | None = None
     changed_pages: int | None = None
+    timeline: tuple[Phase, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-compatible values; ``disks`` are ``disk_needs``."""

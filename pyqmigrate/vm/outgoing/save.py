@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -31,7 +31,8 @@ from pyqmigrate.errors import (
     SnapshotError,
     UsageError,
 )
-from pyqmigrate.format.digest import digester
+from pyqmigrate.format.digest import Algorithm, digester
+from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.integrity.seal import start_seal
@@ -56,6 +57,7 @@ from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
 from pyqmigrate.vm.outgoing.options import SaveOptions, Then, VmSaveOptions
 from pyqmigrate.vm.outgoing.qemu import save_qemu
 from pyqmigrate.vm.outgoing.report import VmSaveReport
+from pyqmigrate.vm.outgoing.timeline import Lane, Timeline
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.disks import prepare, restore_needs
@@ -124,6 +126,7 @@ class _Save:
         self.recording: Recording
         self.notes: list[str] = []
         self.clock = ProcessorClock(guest)
+        self.timeline = Timeline(self.started_at)
 
     async def run(self) -> VmSaveReport:
         request = self.options.live
@@ -203,7 +206,7 @@ class _Save:
             seal=self.options.seal,
         )
         transaction = SaveTransaction(
-            self.monitor, self.guest, os.fspath(self.path), self.disks, recording
+            self.monitor, self.guest, os.fspath(self.path), self.disks, recording, self.timeline
         )
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
@@ -235,6 +238,7 @@ class _Save:
     async def _run(
         self, output: OutputFile, plan: Plan, transaction: SaveTransaction
     ) -> VmSaveReport:
+        self.timeline.add(Lane.FILE, "prepare", self.started_at, time.monotonic())
         written = await self._write(transaction, output, plan)
         file_size, allocated = os.fstat(output.fd).st_size, output.allocated_bytes()
         direct, reason = output.direct is not None, output.direct_io_reason
@@ -242,10 +246,15 @@ class _Save:
         modified = os.fstat(output.fd).st_mtime_ns
         seconds = time.monotonic() - self.started_at
         await transaction.commit(resume=self._resumes)
+        pauses = transaction.events.pauses()
         clock_notes = await self._set_clock(written.downtime)
         run_state, end_notes = await self._end()
-        await self._seal(written, modified)
-        await self._keep_digests(written, output)
+        if self.options.seal is not None:
+            with self.timeline.phase(Lane.FILE, "seal"):
+                await self._seal(written, self.options.seal, modified)
+        if written.write_page_table is not None:
+            with self.timeline.phase(Lane.FILE, "digests"):
+                await self._keep_digests(written.write_page_table, output)
         resumed = self._resumes and self.guest.running
         return VmSaveReport(
             snapshot=self.name,
@@ -275,6 +284,7 @@ class _Save:
             slowdown=written.slowdown,
             base=written.base,
             changed_pages=written.changed_pages,
+            timeline=self.timeline.phases(pauses, runs_at_first=self.guest.running),
             notes=(
                 *self.notes,
                 *plan.notes,
@@ -394,16 +404,14 @@ class _Save:
             return await correct_clock(self.guest.pid, self.options.guest_agent)
         return note_on_clock(downtime or 0.0)
 
-    async def _seal(self, written: Written, mtime_ns: int) -> None:
+    async def _seal(self, written: Written, algorithm: Algorithm, mtime_ns: int) -> None:
         """Write the seal beside the published snapshot."""
-        if self.options.seal is None:
-            return
         if written.manifest is not None:
             manifest = written.manifest(mtime_ns)
             await asyncio.to_thread(write_manifest, seal_path(self.path), manifest)
             return
         # QEMU wrote it on this host.
-        job = start_seal(self.path, algorithm=self.options.seal, bitmap_order=sys.byteorder)
+        job = start_seal(self.path, algorithm=algorithm, bitmap_order=sys.byteorder)
         try:
             await asyncio.to_thread(job.result)
         except BaseException:
@@ -411,26 +419,31 @@ class _Save:
             await shielded(asyncio.to_thread(job.join))
             raise
 
-    async def _keep_digests(self, written: Written, output: OutputFile) -> None:
+    async def _keep_digests(
+        self, write: Callable[[Path, SnapshotId], None], output: OutputFile
+    ) -> None:
         """Write the digests of the pages beside the published snapshot."""
-        if written.write_page_table is None:
-            return
         from pyqmigrate.io.page_table_file import page_table_path
 
         snapshot = await asyncio.to_thread(identify_snapshot, self.path, output.fd)
         place = page_table_path(self.path)
-        await shielded(asyncio.to_thread(written.write_page_table, place, snapshot))
+        await shielded(asyncio.to_thread(write, place, snapshot))
 
     async def _publish(self, output: OutputFile, written: Written) -> None:
         """Make the file durable, verify it and give it its name, unless cancelled before that."""
         check_cancelled()
         cancelled = threading.Event()
+        began_at = time.monotonic()  # what it does now
 
         def check() -> None:
-            _verify(output, self.guest)
-            self.recording.prepare(output, resumed=self._resumes)
-            if written.confirm is not None:
-                written.confirm()
+            nonlocal began_at
+            self.timeline.add(Lane.FILE, "fsync", began_at, time.monotonic())
+            with self.timeline.phase(Lane.FILE, "verify"):
+                _verify(output, self.guest)
+                self.recording.prepare(output, resumed=self._resumes)
+                if written.confirm is not None:
+                    written.confirm()
+            began_at = time.monotonic()
             if cancelled.is_set():
                 raise Cancelled("cancelled")
 
@@ -439,6 +452,7 @@ class _Save:
                 output.publish(MAGIC, check)
             finally:
                 if output.published:
+                    self.timeline.add(Lane.FILE, "name", began_at, time.monotonic())
                     self.recording.publish()
 
         publishing = asyncio.ensure_future(asyncio.to_thread(publish))

@@ -45,6 +45,7 @@ from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.outgoing import guardian
 from pyqmigrate.vm.outgoing.disk_snapshots import create, take
 from pyqmigrate.vm.outgoing.guardian import Step
+from pyqmigrate.vm.outgoing.timeline import Lane, Timeline
 from pyqmigrate.vm.plan.blockers import why_no_migration_now
 from pyqmigrate.vm.plan.settings import Changes
 from pyqmigrate.vm.qemu.event_log import EventLog
@@ -64,8 +65,8 @@ class SaveTransaction:
     """The steps of one save of ``guest`` into the file ``snapshot``.
 
     ``plan`` has the disk snapshots to take. ``recording`` looks at the disks before the guest goes
-    on. ``events`` is QEMU's since the context was entered. ``rollback_errors`` are sentences on
-    what could not be undone.
+    on. ``timeline`` notes what happens when. ``events`` is QEMU's since the context was entered.
+    ``rollback_errors`` are sentences on what could not be undone.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class SaveTransaction:
         snapshot: str,
         plan: DiskPlan | None = None,
         recording: Recording | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.monitor = monitor
+        self.timeline = Timeline(time.monotonic()) if timeline is None else timeline
         self.guest = guest
         self.rollback_errors: list[str] = []
         self.events: EventLog
@@ -198,7 +201,8 @@ class SaveTransaction:
         if self._plan is not None:
             self._journal_steps(Step.DISKS)
             self.events.mark_stopped()
-            await take(self.monitor, self._plan)
+            with self.timeline.phase(Lane.QEMU, "disk snapshots"):
+                await take(self.monitor, self._plan)
 
     async def stop(self) -> None:
         """Stop the guest."""

@@ -30,6 +30,7 @@ class EventLog:
         self._listener = self._stack.enter_context(monitor.listener((_STOP, _RESUME, _MIGRATION)))
         self._stopped_at: int | None = None
         self._downtime: int | None = None
+        self._pauses: list[tuple[int, int | None]] = []
         self._marked = False
         self._resumed = False
 
@@ -59,6 +60,15 @@ class EventLog:
         seconds = self._downtime / _MICROSECONDS
         return seconds if 0 <= seconds <= at_most else None
 
+    def pauses(self) -> list[tuple[float, float | None]]:
+        """Return the start and the end of each pause, in seconds since 1970 by the host's clock; the
+        end of one that is not over is None."""
+        self._catch_up()
+        return [
+            (start / _MICROSECONDS, None if end is None else end / _MICROSECONDS)
+            for start, end in self._pauses
+        ]
+
     def mark_stopped(self) -> None:
         """Note that the guest is stopped, for :meth:`resumed`. Only the first call counts."""
         self._catch_up()
@@ -81,7 +91,11 @@ class EventLog:
         happened_at = time["seconds"] * _MICROSECONDS + time["microseconds"]
         if event["event"] == _STOP:
             self._stopped_at, self._downtime = happened_at, None
+            if not self._pauses or self._pauses[-1][1] is not None:
+                self._pauses.append((happened_at, None))
         elif event["event"] == _RESUME:
             self._resumed = True
+            if self._pauses and self._pauses[-1][1] is None:
+                self._pauses[-1] = self._pauses[-1][0], happened_at
             if self._stopped_at is not None:
                 self._downtime = happened_at - self._stopped_at
