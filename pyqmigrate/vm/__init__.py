@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
     from pyqmigrate.vm.incoming.clone import Clone, clone
     from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmPoolOptions, VmRestoreOptions
-    from pyqmigrate.vm.incoming.lazy_process import Damage, LazyState
+    from pyqmigrate.vm.incoming.lazy_state import Damage, LazyState
     from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
     from pyqmigrate.vm.incoming.options import Mode, Push
     from pyqmigrate.vm.incoming.recording import WorkingSetReport
@@ -86,8 +86,8 @@ _HOME = {
     "Monitor": "qemu.monitor",
     "Vm": "client",
     "connect": "client",
-    "Damage": "incoming.lazy_process",
-    "LazyState": "incoming.lazy_process",
+    "Damage": "incoming.lazy_state",
+    "LazyState": "incoming.lazy_state",
     "Mode": "incoming.options",
     "Push": "incoming.options",
     "wait_for_memory": "incoming.lazy_status",

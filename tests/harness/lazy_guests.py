@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate.vm.incoming.lazy_process import LazyState
+from pyqmigrate.vm.incoming.lazy_state import LazyState
 from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
 from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.saved import Saved, goes_on, memory_of

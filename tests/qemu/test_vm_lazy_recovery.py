@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import QemuError, QemuGone
-from pyqmigrate.vm.incoming.lazy_process import LazyState
+from pyqmigrate.vm.incoming.lazy_state import LazyState
 from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore import restore

@@ -16,7 +16,7 @@ import pyqmigrate
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.store.store import Store
-from pyqmigrate.vm.incoming.lazy_process import LazyState
+from pyqmigrate.vm.incoming.lazy_state import LazyState
 from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
 from pyqmigrate.vm.incoming.options import Mode
 from pyqmigrate.vm.incoming.report import RestoredVm

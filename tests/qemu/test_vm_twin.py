@@ -23,7 +23,7 @@ from pyqmigrate.export.image import ImageReport
 from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.snapshot.devices import devices
 from pyqmigrate.vm.guest.inspect import inspect
-from pyqmigrate.vm.incoming.load import Incoming
+from pyqmigrate.vm.incoming.incoming_settings import Incoming
 from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan.check import check

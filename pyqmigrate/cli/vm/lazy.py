@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pyqmigrate.cli.outcome import counted, printable
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.incoming.lazy_process import Damage, LazyState
+    from pyqmigrate.vm.incoming.lazy_state import Damage, LazyState
     from pyqmigrate.vm.incoming.report import RestoredVm
 
 __all__ = ["LazyLines", "add_lazy", "lazy_shown", "working_set_of"]

@@ -239,7 +239,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         huge_pages=args.huge_pages,
     )
     early = None
-    if options.mode in (Mode.AUTO, Mode.INSTANT):
+    if options.mode in (Mode.AUTO, Mode.INSTANT, Mode.LAZY):
         early = start_early(args.snapshot, args.command or None, options)
     try:
         # These imports take long: QEMU starts in the meantime.

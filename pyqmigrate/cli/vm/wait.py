@@ -23,7 +23,7 @@ from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, counted
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.incoming.lazy_process import LazyState
+    from pyqmigrate.vm.incoming.lazy_state import LazyState
 
 __all__ = ["add_parser"]
 

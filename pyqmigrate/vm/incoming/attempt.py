@@ -23,14 +23,15 @@ from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from pyqmigrate.vm.incoming.compatibility import compare_blocks, compare_devices, compare_type
 from pyqmigrate.vm.incoming.early_start import StartedRestore
 from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
+from pyqmigrate.vm.incoming.incoming_settings import Incoming
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
-from pyqmigrate.vm.incoming.load import Incoming, take_in
+from pyqmigrate.vm.incoming.load import take_in
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.prefetch import PrefetchState
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
 from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
-from pyqmigrate.vm.incoming.run_state import RUNS, describe_state
+from pyqmigrate.vm.incoming.run_state import CONTINUABLE, RUNS, describe_state
 from pyqmigrate.vm.incoming.saved_machine import SavedMachine, read_saved_machine
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
@@ -50,7 +51,6 @@ _ABOUT_MEMORY = (
     r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev"
 )
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state of the stream
-_CONTINUABLE = ("paused", "prelaunch", "io-error", "watchdog")
 
 
 class _NotStarted(QemuError):
@@ -429,7 +429,7 @@ class RestoreAttempt:
 
     def _shall_run(self, state: str) -> bool:
         if self.options.paused is not None:
-            return not self.options.paused and state in _CONTINUABLE
+            return not self.options.paused and state in CONTINUABLE
         was_running = self.source.was_running or self.saved.run_state in RUNS
         return was_running and state in ("paused", "prelaunch")
 

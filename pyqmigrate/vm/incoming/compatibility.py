@@ -18,9 +18,9 @@ from pyqmigrate.vm.qemu.command_line import CommandLine
 
 if TYPE_CHECKING:
     from pyqmigrate.snapshot.base import Snapshot
-    from pyqmigrate.vm.qemu.monitor import Monitor
+    from pyqmigrate.vm.qemu.commands import Commands
 
-__all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type"]
+__all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type", "questions"]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that is never in a stream
 # Patterns are strings, compiled when first used: a restore waits for each import.
@@ -43,6 +43,7 @@ _STATES = {
     "e1000e": "e1000e",
     "rtl8139": "rtl8139",
 }
+_TYPE: dict[str, object] = {"path": "/machine", "property": "type"}
 _NOT_KNOWN = "the guest does not know it"
 # Devices of other types may have no state.
 _HAVE_STATE = (
@@ -64,7 +65,23 @@ def compare_command(command: CommandLine, saved: SavedMachine) -> list[str]:
     return notes
 
 
-async def compare_devices(monitor: Monitor, command: CommandLine, saved: SavedMachine) -> list[str]:
+def questions(
+    command: CommandLine, saved: SavedMachine
+) -> Iterator[tuple[str, dict[str, object] | None]]:
+    """Generate what the comparisons with a running QEMU ask it: commands and their arguments."""
+    yield "qom-get", _TYPE
+    if len(_accelerators(command)) != 1 and saved.kvm is not None:
+        yield "query-kvm", None
+    if saved.processors is not None:
+        yield "query-cpus-fast", None
+    if saved.pci is not None and saved.counts is not None:
+        yield "human-monitor-command", {"command-line": "info qtree"}
+    yield "human-monitor-command", {"command-line": "info ramblock"}
+
+
+async def compare_devices(
+    monitor: Commands, command: CommandLine, saved: SavedMachine
+) -> list[str]:
     """Compare the accelerator, processors and devices of a running QEMU; return notes."""
     notes: list[str] = []
     if len(_accelerators(command)) != 1 and saved.kvm is not None:
@@ -97,9 +114,9 @@ async def compare_devices(monitor: Monitor, command: CommandLine, saved: SavedMa
     return notes
 
 
-async def compare_type(monitor: Monitor, snapshot: Snapshot) -> None:
+async def compare_type(monitor: Commands, snapshot: Snapshot) -> None:
     """Raise UsageError if QEMU's machine type is not the snapshot's."""
-    kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
+    kind = await monitor.execute("qom-get", _TYPE)
     machine = str(kind).removesuffix("-machine")
     if snapshot.machine and machine != snapshot.machine:
         raise UsageError(
@@ -108,7 +125,7 @@ async def compare_type(monitor: Monitor, snapshot: Snapshot) -> None:
         )
 
 
-async def compare_blocks(monitor: Monitor, snapshot: Snapshot) -> None:
+async def compare_blocks(monitor: Commands, snapshot: Snapshot) -> None:
     """Compare the RAM blocks of a QEMU with the snapshot's.
 
     Raises BlockMismatch for a block that is missing on either side, or has another length and

@@ -1,7 +1,8 @@
-"""The part of an instant restore that runs before the event loop: up to starting QEMU.
+"""The part of a restore that runs before the event loop: up to starting QEMU, in mode lazy up to the
+guest's first instruction.
 
-It needs neither an event loop nor a monitor. The command starts QEMU here and imports both in the
-meantime: that takes Python as long as QEMU needs to start.
+It needs no event loop. The command starts QEMU here and imports one, and a monitor, in the meantime: that
+takes Python as long as QEMU needs to start.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.io.target import Target
@@ -26,6 +27,9 @@ from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
 from pyqmigrate.vm.incoming.source import RestoreSource, map_source
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.spawn import QemuProcess, start
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.lazy_start import StartedLazy
 
 __all__ = ["EarlyRestore", "StartedRestore", "prepare", "start_early", "start_mapped"]
 
@@ -131,7 +135,7 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
 class EarlyRestore(NamedTuple):
     """A restore that was started before there is an event loop, and what it was made from."""
 
-    started: StartedRestore
+    started: StartedRestore | StartedLazy
     command: CommandLine
     options: RestoreOptions
     notes: tuple[str, ...]
@@ -147,7 +151,7 @@ class EarlyRestore(NamedTuple):
 def start_early(
     snapshot: Target, command: Sequence[str] | None, options: RestoreOptions
 ) -> EarlyRestore | None:
-    """Start an instant restore; arguments as for :func:`pyqmigrate.vm.restore`.
+    """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`.
 
     Returns None if it could not be started, for any reason: the restore that follows meets it again
     and reports it, or loads. If the wait is interrupted, QEMU is ended.
@@ -156,7 +160,8 @@ def start_early(
 
     def work() -> None:
         try:
-            results.append(_start(snapshot, command, options))
+            start = _start_lazy if options.mode is Mode.LAZY else _start
+            results.append(start(snapshot, command, options))
         except Exception:  # the restore that follows meets it again
             return
 
@@ -187,5 +192,27 @@ def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOption
         command, options, notes = prepare(chosen.command, options, source)
         mapped = map_source(command, source)
         started = start_mapped(source, mapped, options)
+        undo.pop_all()
+        return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)
+
+
+def _start_lazy(
+    snapshot: Target, words: Sequence[str] | None, options: RestoreOptions
+) -> EarlyRestore:
+    # Loaded only for this, as it imports all that an instant restore does without.
+    from pyqmigrate.vm.incoming.lazy_keeper import keeper_for
+
+    keeper = keeper_for(snapshot if isinstance(snapshot, str) else "")
+    with contextlib.ExitStack() as undo:
+        undo.callback(keeper.end)
+        # More imports, while the page server has its own.
+        from pyqmigrate.vm.incoming.lazy_start import LazyStart
+
+        source = RestoreSource(snapshot, options.offset, options.base, options.cache)
+        undo.callback(source.close)
+        chosen = choose_command(source, words, options.disks)
+        undo.callback(chosen.discard)
+        command, options, notes = prepare(chosen.command, options, source)
+        started = LazyStart(source, command, options, keeper).run()
         undo.pop_all()
         return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)

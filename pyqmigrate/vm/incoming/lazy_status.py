@@ -17,8 +17,9 @@ from pathlib import Path
 from pyqmigrate.errors import QemuError, QemuGone, UsageError
 from pyqmigrate.io.view import names_stored
 from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.vm.incoming.keeper.keeper import status_name
-from pyqmigrate.vm.incoming.lazy_process import LazyState, follow
+from pyqmigrate.vm.incoming.keeper.state import status_name
+from pyqmigrate.vm.incoming.lazy_process import follow
+from pyqmigrate.vm.incoming.lazy_state import LazyState
 
 __all__ = ["wait_for_memory"]
 

@@ -15,8 +15,9 @@ from pyqmigrate.vm.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     from pyqmigrate.io.view import SharedView
-    from pyqmigrate.vm.incoming.lazy_process import KeeperProcess, LazyState
+    from pyqmigrate.vm.incoming.lazy_process import KeeperProcess
     from pyqmigrate.vm.incoming.lazy_recording import LazyRecorder
+    from pyqmigrate.vm.incoming.lazy_state import LazyState
     from pyqmigrate.vm.incoming.recording import Recorder, WorkingSetReport
 
 __all__ = ["RestoreReport", "RestoredVm"]

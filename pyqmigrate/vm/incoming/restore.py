@@ -84,9 +84,14 @@ async def finish_restore(early: EarlyRestore) -> RestoredVm:
     is ended."""
     started = early.started
     streams = IncomingStreams(started.source)
-    attempt = RestoreAttempt(streams, early.options, started.qemu.started_at, early.notes)
+    arguments = (streams, early.options, started.qemu.started_at, early.notes)
     with _discarding(early.chosen):
-        return await _closing(streams, attempt.instant_or_load(started, early.command))
+        if isinstance(started, StartedRestore):
+            attempt = RestoreAttempt(*arguments)
+            return await _closing(streams, attempt.instant_or_load(started, early.command))
+        from pyqmigrate.vm.incoming.lazy import LazyAttempt
+
+        return await _closing(streams, LazyAttempt(*arguments).finish(started))
 
 
 async def _closing(streams: IncomingStreams, work: Awaitable[RestoredVm]) -> RestoredVm:

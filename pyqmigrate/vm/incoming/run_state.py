@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["RUNS", "describe_state"]
+__all__ = ["CONTINUABLE", "RUNS", "describe_state"]
 
 RUNS = ("running", "suspended")  # a suspended guest sleeps while its devices run
+CONTINUABLE = ("paused", "prelaunch", "io-error", "watchdog")
 
 _MEANING = {
     "paused": "cont resumes it",

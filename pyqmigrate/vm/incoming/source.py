@@ -210,15 +210,19 @@ class RestoreSource:
 
     @property
     def server_target(self) -> str:
-        """What a page server, which has another working directory, opens."""
+        """What a page server, which has another working directory, opens; empty for the first of
+        :attr:`kept_files`."""
         if self.view is not None and isinstance(self._target, str | os.PathLike):
             target = os.fspath(self._target)
             return target if "://" in target else os.path.abspath(target)
-        return f"/proc/self/fd/{self.fd}" if self.place is None else os.fspath(self.place)
+        return "" if self.place is None else os.fspath(self.place)
 
     @property
     def kept_files(self) -> list[tuple[str, int]]:
-        """The files by their absolute paths, with descriptors, so that they stay the same ones."""
+        """The files by their absolute paths, with descriptors, so that they stay the same ones; none of
+        a snapshot that is read through a view. The path of a descriptor is empty."""
+        if self.view is not None:
+            return []
         sources = [self.snapshot.source]
         if self.increment is not None:
             sources.append(self.increment.base.source)

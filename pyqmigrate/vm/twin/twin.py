@@ -37,7 +37,8 @@ from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.vm.cancellation import shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_migrated, sections_of
-from pyqmigrate.vm.incoming.load import Incoming, take_in
+from pyqmigrate.vm.incoming.incoming_settings import Incoming
+from pyqmigrate.vm.incoming.load import take_in
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.image_size import image_size
 from pyqmigrate.vm.qemu.launch import QemuSession, launch

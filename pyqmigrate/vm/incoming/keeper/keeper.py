@@ -1,196 +1,119 @@
 """Keeps the page server of a lazily restored guest going until the guest has all of its memory.
 
-This is a program of its own, started by :mod:`pyqmigrate.vm.incoming.lazy_process` without ``site``; its
-only argument, the snapshot, is there for people who read a list of processes. It outlives the
-process that restored the guest. Its standard input is a socket to that process, the *parent*.
+This is a program of its own (:mod:`pyqmigrate.vm.incoming.keeper.boot`), started by
+:mod:`pyqmigrate.vm.incoming.lazy_keeper` without ``site``. It outlives the process that restored the guest. Its
+standard input is a socket to that process, the *parent*.
 
 The page server (``pyqmigrate.page_server``) is its child, and sends the pages to QEMU over a socket. If
 the server dies, the guest's processors stop at the first page that is missing, and a command like ``stop``
 blocks QEMU's monitors. So the keeper has a monitor of its own, with out-of-band commands enabled from the start: by
 ``migrate-recover`` it gives QEMU a new connection, on which a new server asks what has arrived, and goes on.
-The connections are passed to QEMU beforehand (``getfd`` is not an out-of-band command).
+Until the guest runs, the parent uses that monitor.
 
 It imports the standard library and the modules of this folder only: it must start fast, and stay small.
 The lines that it exchanges are JSON objects. From the parent:
 
 ===========  ======================================================================
-setup        the first line: ``server`` (command line of a page server, without the
-             snapshot and sockets), ``first`` (more words for the first server only),
-             ``snapshot``, ``kept`` (a list of [absolute path, inherited descriptor] of its
-             files), ``monitor`` and ``source`` (inherited descriptors: the monitor, and
-             the socket on which QEMU expects the stream), ``hold`` (seconds without any
-             push, while a working set is recorded, or null) and ``push`` (its policy then)
+setup        the first line: ``server`` (options of each page server), ``first`` (more
+             for the first one), ``snapshot``, ``kept`` (the absolute paths of its files;
+             empty for one without a name), ``hold`` (seconds without any push, while a
+             working set is recorded, or null) and ``push`` (its policy then). The
+             descriptors that come along are the monitor, the socket on which QEMU expects
+             the stream, and the kept files
 start        once QEMU waits for the stream: ``pid`` of QEMU, ``host_pages`` (page sizes
              of its blocks by name), and ``collapse``, a list of [address, length] of
              memory whose pages are to be made huge at the end; empty for none
+monitor      once the parent does not use the monitor any more
 ===========  ======================================================================
 
-To the parent, and to each client of its status socket, goes the state: see :class:`State`. The status
-socket has an abstract name (:func:`status_name`); only processes of the same user and root are served.
+To the parent, and to each client of its status socket, goes the state: see
+:data:`~pyqmigrate.vm.incoming.keeper.state.State`. The status socket has an abstract name
+(:func:`~pyqmigrate.vm.incoming.keeper.state.status_name`); only processes of the same user and root are served.
 A client may send ``{"resume": SNAPSHOT}``: the pages come from that copy of the snapshot from then on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import select
 import signal
 import socket
-import struct
 import time
-from collections.abc import Callable
 from typing import Any
 
+from pyqmigrate.vm.incoming.keeper.clients import Clients
 from pyqmigrate.vm.incoming.keeper.lines import Lines
+from pyqmigrate.vm.incoming.keeper.loop import Loop, Sources
 from pyqmigrate.vm.incoming.keeper.monitor import KeeperMonitor
-from pyqmigrate.vm.incoming.keeper.server import ServerProcess
+from pyqmigrate.vm.incoming.keeper.recovery import RETRY, Recoveries
+from pyqmigrate.vm.incoming.keeper.server import ServerProcess, ServerProgram
+from pyqmigrate.vm.incoming.keeper.state import Progress, State
 
-__all__ = ["DAMAGES_MAX", "ENDED", "Keeper", "State", "main", "status_name"]
+__all__ = ["Keeper", "ignore_signals"]
 
-ENDED = ("completed", "failed", "gone")
-_SPARES = 8  # connections that QEMU has for recoveries: one is used by each
-DAMAGES_MAX = 100
-_WARNINGS_MAX = 20
-_CLIENTS_MAX = 64
-_RETRY = 0.01  # seconds between attempts to recover
-_RETRY_MAX = 1.0
 _BACKOFF = 0.05  # seconds until a server that did nothing is restarted; doubled
 _BACKOFF_MAX = 5.0
 _FINAL_STATUS = 10.0  # seconds from the last page until QEMU has to report completion
 
-# Keys of the state, and the server's names for them.
-_COUNTS = {"pages_left": "pages_left", "faults": "requests", "fault_seconds": "mean_latency"}
-_DAMAGE = {"block": "block", "page": "page", "why": "error"}
-
-State = dict[str, Any]
-"""What is told about a restore:
-
-==============  ===================================================================
-state           ``starting``; ``running`` (pages are missing), ``recovering`` (the
-                server is being replaced), then one of ``completed``, ``failed`` and
-                ``gone`` (QEMU ended)
-loaded          whether QEMU has loaded the device state: from then on a restore is
-                not lost if the server dies
-pages_left      data pages that were not sent yet, or null
-faults          requests for pages by QEMU so far, and
-fault_seconds   their mean latency in the server, or null
-restarts        how often the server was replaced
-damages         a list of ``block``, ``page`` and ``why``: pages that cannot be had
-warnings        sentences on what went wrong
-huge            bytes of memory that were made huge pages at the end
-failure         why it ``failed``, or null
-==============  ===================================================================
-"""
-
-
-def status_name(pid: int) -> str:
-    """Return the abstract name of the status socket for the QEMU with this process id."""
-    return f"\0pyqmigrate-lazy/{pid}"
-
 
 class Keeper:
-    """The server, the monitor, the parent and the clients of one restore; see the module."""
+    """The server, the monitor, the parent and the clients of one restore; see the module.
 
-    def __init__(self, parent: socket.socket) -> None:
-        self._parent = Lines(parent)
-        self._clients: list[Lines] = []
-        self._listener: socket.socket | None = None
+    ``first`` is a server that waits for its order, or None: ``program`` starts one, as later.
+    """
+
+    def __init__(
+        self, parent: socket.socket, program: ServerProgram, first: ServerProcess | None = None
+    ) -> None:
+        self._parent = Lines(parent, takes_fds=True)
+        self._program = program
+        self._server = first
+        self._loop = Loop()
+        self._progress = Progress(self._publish)
+        self._clients = Clients(lambda: self._progress.values, self._resume_from)
+        self._recoveries = Recoveries(self._loop, self._progress.note, self._not_recovered)
         self._monitor: KeeperMonitor | None = None
-        self._server: ServerProcess | None = None
+        self._monitor_is_ours = False
         self._setup: dict[str, Any] = {}
+        self._kept: list[tuple[str, int]] = []
         self._snapshot = ""
         self._expected: str | None = None  # the state of the snapshot, by a digest
         self._former: str | None = None  # the former snapshot, while another copy is tried
         self._start: dict[str, Any] = {}
-        self._spares: list[tuple[str, socket.socket]] = []
-        self._passing = False
-        self._names = 0
-        self._timers: list[tuple[float, Callable[[], None]]] = []
         self._backoff = _BACKOFF
         self._qemu_pidfd = -1
         self._all_sent = False
-        self.state: State = {
-            "state": "starting",
-            "loaded": False,
-            "pages_left": None,
-            "faults": 0,
-            "fault_seconds": None,
-            "restarts": 0,
-            "damages": [],
-            "warnings": [],
-            "huge": 0,
-            "failure": None,
-        }
-
-    # --- the loop -----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Work until the restore has ended, in one of the states ENDED."""
         try:
-            while self.state["state"] not in ENDED:
-                self._wait()
+            while not self._progress.ended:
+                self._loop.wait(self._sources(), self._still_valid)
         finally:
             self._close()
 
-    def _wait(self) -> None:
-        now = time.monotonic()
-        due = [timer for timer in self._timers if timer[0] <= now]
-        if due:
-            self._timers = [timer for timer in self._timers if timer[0] > now]
-            for _, work in due:
-                work()
-            return
-        sources = self._sources()
-        poll = select.poll()
-        for fd, (events, _) in sources.items():
-            poll.register(fd, events)
-        timeout = None
-        if self._timers:
-            timeout = max(min(when for when, _ in self._timers) - now, 0) * 1000 + 0.5
-        for fd, _ in poll.poll(timeout):
-            if self.state["state"] in ENDED:
-                return
-            sources[fd][1]()
-            if self._server is None or fd == self._server.pidfd:
-                return  # the descriptors may be others now
+    def _still_valid(self, fd: int) -> bool:
+        return not self._progress.ended and self._server is not None and fd != self._server.pidfd
 
-    def _sources(self) -> dict[int, tuple[int, Callable[[], None]]]:
-        """Return what to poll: events and what handles them, by descriptor."""
-        found: dict[int, tuple[int, Callable[[], None]]] = {}
-
-        def add(lines: Lines, handle: Callable[[], None]) -> None:
-            events = select.POLLIN | (select.POLLOUT if lines.unsent else 0)
-
-            def work() -> None:
-                lines.flush()
-                handle()
-
-            found[lines.fileno()] = (events, work)
-
+    def _sources(self) -> Sources:
+        found: Sources = {}
         if not self._parent.closed:
-            add(self._parent, self._hear_parent)
-        if self._monitor is not None:
-            add(self._monitor, self._hear_monitor)
-        if self._listener is not None:
-            found[self._listener.fileno()] = (select.POLLIN, self._accept)
-        for client in self._clients:
-            add(client, functools.partial(self._hear_client, client))
+            found |= self._parent.source(self._hear_parent)
+        if self._monitor is not None and self._monitor_is_ours:
+            found |= self._monitor.source(self._hear_monitor)
+        found |= self._clients.sources()
         if self._qemu_pidfd >= 0:
             found[self._qemu_pidfd] = (select.POLLIN, self._qemu_gone)
         if self._server is not None:
             server = self._server
             if not server.control.closed:
-                add(server.control, self._hear_server)
+                found |= server.control.source(self._hear_server)
             found[server.pidfd] = (select.POLLIN, self._server_ended)
         return found
 
-    def _later(self, seconds: float, work: Callable[[], None]) -> None:
-        self._timers.append((time.monotonic() + seconds, work))
-
-    # --- the parent and the clients -------------------------------------------------------------------
+    # --- the parent -----------------------------------------------------------------------------------
 
     def _hear_parent(self) -> None:
         for line in self._parent.receive():
@@ -198,113 +121,81 @@ class Keeper:
                 self._set_up(line["setup"])
             elif "start" in line:
                 self._begin(line["start"])
-        if self._parent.closed and not self.state["loaded"]:
-            self._end("failed", "the process that restores the guest has ended")
+            elif "monitor" in line:
+                self._take_monitor()
+        if self._parent.closed and not self._progress.loaded:
+            self._progress.end("failed", "the process that restores the guest has ended")
 
     def _set_up(self, setup: dict[str, Any]) -> None:
         self._setup, self._snapshot = setup, setup["snapshot"]
-        self._monitor = KeeperMonitor(socket.socket(fileno=setup["monitor"]), self._refill)
-        self._start_server(socket.socket(fileno=setup["source"]), resume=False)
+        monitor, source, *kept = self._parent.fds
+        self._parent.fds = []
+        self._kept = list(zip(setup["kept"], kept, strict=True))
+        self._monitor = KeeperMonitor(socket.socket(fileno=monitor), self._recoveries.refill)
+        self._start_server(socket.socket(fileno=source), resume=False)
+
+    def _take_monitor(self) -> None:
+        if self._monitor is not None and not self._monitor_is_ours:
+            self._monitor_is_ours = True
+            self._recoveries.use(self._monitor)
+            self._monitor.take_over()
 
     def _begin(self, start: dict[str, Any]) -> None:
         self._start = start
-        with contextlib.suppress(OSError):
-            self._qemu_pidfd = os.pidfd_open(start["pid"])
-            self._listen(start["pid"])
         if self._server is not None:
             self._server.control.send({"command": "begin", "host_pages": start["host_pages"]})
+        with contextlib.suppress(OSError):
+            self._qemu_pidfd = os.pidfd_open(start["pid"])
+            try:
+                self._clients.listen(start["pid"])
+            except OSError as error:
+                self._progress.note(
+                    f"the progress of this restore cannot be asked for: {error.strerror}"
+                )
         if self._setup["hold"] is not None:
-            self._later(self._setup["hold"], self._push)
+            self._loop.later(self._setup["hold"], self._push)
 
     def _push(self) -> None:
         """Let the server send what nobody has asked for."""
         if self._server is not None:
             self._server.control.send({"command": "push", "policy": self._setup["push"]})
 
-    def _listen(self, pid: int) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(status_name(pid))
-            listener.listen(16)
-        except OSError as error:
-            listener.close()
-            self._note(f"the progress of this restore cannot be asked for: {error.strerror}")
-            return
-        listener.setblocking(False)
-        self._listener = listener
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
-        format_ = "iII"
-        data = connection.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(format_)
-        )
-        _, user, _ = struct.unpack(format_, data)
-        if user not in (0, os.geteuid()) or len(self._clients) >= _CLIENTS_MAX:
-            connection.close()
-            return
-        client = Lines(connection)
-        self._clients.append(client)
-        client.send(self.state)
-
-    def _hear_client(self, client: Lines) -> None:
-        for line in client.receive():
-            if isinstance(line.get("resume"), str):
-                self._resume_from(line["resume"])
-        if client.closed:
-            self._clients.remove(client)
-            client.close()
-
-    def _publish(self) -> None:
-        for listener in (self._parent, *self._clients):
+    def _publish(self, state: State) -> None:
+        for listener in (self._parent, *self._clients.lines()):
             if not listener.closed:
-                listener.send(self.state)
-
-    def _note(self, message: str) -> None:
-        warnings = self.state["warnings"]
-        if message not in warnings:
-            warnings.append(message)
-            del warnings[:-_WARNINGS_MAX]
-            self._publish()
+                listener.send(state)
 
     # --- the server -----------------------------------------------------------------------------------
 
     def _start_server(self, source: socket.socket, *, resume: bool) -> None:
-        snapshot, fds = self._unchanged_snapshot()
         if resume:
             more = ["--resume", "--host-pages", json.dumps(self._start["host_pages"])]
             if self._expected is not None:
                 more += ["--expect", self._expected]
         else:
             more = ["--wait", *self._setup["first"]]
-        words = [*self._setup["server"], "--snapshot", snapshot, *more]
         try:
-            self._server = ServerProcess(words, source, fds)
+            server = self._server or self._program.spawn()
         except OSError as error:
-            self._end("failed", f"cannot start a page server: {error.strerror}")
+            source.close()
+            self._progress.end("failed", f"cannot start a page server: {error.strerror}")
+            return
+        self._server = server
+        words = [*self._setup["server"], *more]
+        server.serve(words, self._unchanged_snapshot(), source, [fd for _, fd in self._kept])
 
-    def _unchanged_snapshot(self) -> tuple[str, list[int]]:
-        """Return what names the file that the restore began with, and descriptors that this needs.
-
-        Under its name there may be another file by now, or none.
-        """
-        fds = []
-        snapshot = self._snapshot
-        for path, fd in self._setup["kept"]:
-            fds.append(fd)
-            if snapshot != path:
+    def _unchanged_snapshot(self) -> str | int:
+        """Return the name of the file that the restore began with, or its index among the kept ones:
+        under its name there may be another file by now, or none."""
+        for index, (path, fd) in enumerate(self._kept):
+            if self._snapshot != path:
                 continue
             try:
                 found = os.stat(path)
             except OSError:
-                found = None
-            if found is None or not os.path.samestat(found, os.fstat(fd)):
-                snapshot = f"/proc/self/fd/{fd}"
-        return snapshot, fds
+                return index
+            return path if os.path.samestat(found, os.fstat(fd)) else index
+        return self._snapshot
 
     def _hear_server(self) -> None:
         server = self._server
@@ -316,14 +207,14 @@ class Keeper:
 
     def _handle(self, server: ServerProcess, line: dict[str, Any]) -> None:
         event = line.get("event")
-        self._take_progress(line)
+        self._progress.count(line)
         if event == "loaded":
             server.served = True
             self._backoff = _BACKOFF
             self._former = None
-            self.state |= {"loaded": True, "state": "running"}
+            self._progress.values |= {"loaded": True, "state": "running"}
         elif event == "damage":
-            if not self._take_damage(line):
+            if not self._progress.add_damage(line):
                 return
         elif event == "opened":
             if self._expected is None:
@@ -333,7 +224,7 @@ class Keeper:
             server.error = str(line.get("error"))
             return
         elif event == "broken":
-            server.process.kill()  # another one goes on
+            server.kill()  # another one goes on
             return
         elif event == "shut":
             if line.get("complete"):
@@ -341,91 +232,71 @@ class Keeper:
             return
         elif event != "progress":
             return
-        self._publish()
-
-    def _take_progress(self, line: dict[str, Any]) -> None:
-        for key, name in _COUNTS.items():
-            if name in line:
-                self.state[key] = line[name]
-
-    def _take_damage(self, line: dict[str, Any]) -> bool:
-        """List a page, unless that was done or there are too many; return whether it was listed."""
-        damage = {name: line.get(key) for name, key in _DAMAGE.items()}
-        damages = self.state["damages"]
-        if damage in damages or len(damages) >= DAMAGES_MAX:
-            return False
-        damages.append(damage)
-        return True
+        self._progress.publish()
 
     def _server_ended(self) -> None:
         """Go on with another server, unless all is done."""
-        server, self._server = self._server, None
+        server = self._server
         assert server is not None
         for line in server.control.receive():
             self._handle(server, line)
+        self._server = None
         how = server.close()
-        if self.state["state"] in ENDED:
+        if self._progress.ended:
             return
         if self._all_sent:
             if server.error:
-                self._note(server.error)
+                self._progress.note(server.error)
             self._await_completion(time.monotonic() + _FINAL_STATUS)
             return
-        if not self.state["loaded"]:
-            self._end("failed", how)
+        if not self._progress.loaded:
+            self._progress.end("failed", how)
             return
         self._replace(server.served, how)
 
     def _replace(self, served: bool, how: str) -> None:
         """Start another server on another connection."""
         if self._former is not None and not served:
-            self._note(f"the pages cannot come from {self._snapshot!r}: {how}")
+            self._progress.note(f"the pages cannot come from {self._snapshot!r}: {how}")
             self._snapshot, self._former = self._former, None
         elif not served:
-            self._note(how)
-        self.state["restarts"] += 1
-        self.state["state"] = "recovering"
-        self._publish()
+            self._progress.note(how)
+        self._progress.values["restarts"] += 1
+        self._progress.values["state"] = "recovering"
+        self._progress.publish()
         if served:
             self._reconnect()
         else:
-            self._later(self._backoff, self._reconnect)
+            self._loop.later(self._backoff, self._reconnect)
             self._backoff = min(2 * self._backoff, _BACKOFF_MAX)
 
     def _reconnect(self) -> None:
-        if not self._spares:
-            self._refill()
-            self._later(_RETRY, self._reconnect)
+        if self._progress.ended:
             return
-        name, source = self._spares.pop(0)
+        spare = self._recoveries.take()
+        if spare is None:
+            self._loop.later(RETRY, self._reconnect)
+            return
+        name, source = spare
         self._start_server(source, resume=True)
-        self._recover(name, _RETRY)
+        self._recoveries.recover(name)
 
-    def _recover(self, name: str, pause: float) -> None:
-        """Have QEMU take the connection ``name``, as soon as it has noticed the loss of the former."""
-        if self.state["state"] in ENDED or self._monitor is None:
-            return
-
-        def answer(reply: dict[str, Any]) -> None:
-            if "return" in reply:
-                self._refill()
-                return
-            # QEMU notices when it reads or writes the next time, or it has completed.
+    def _not_recovered(self) -> bool:
+        """Ask QEMU whether it has completed; return whether to try again."""
+        if not self._progress.ended:
             self._ask_status()
-            self._later(pause, lambda: self._recover(name, min(2 * pause, _RETRY_MAX)))
-
-        self._monitor.execute("migrate-recover", {"uri": f"fd:{name}"}, answer, oob=True)
+        return not self._progress.ended
 
     def _resume_from(self, snapshot: str) -> None:
         """Have the pages come from another copy of the snapshot."""
-        if not self.state["loaded"] or self._all_sent:
-            self._note("a restore that is not under way cannot go on from another copy")
+        if not self._progress.loaded or self._all_sent:
+            self._progress.note("a restore that is not under way cannot go on from another copy")
             return
         self._former, self._snapshot = self._snapshot, snapshot
-        self.state["damages"] = []
+        self._progress.values["damages"] = []
         if self._server is not None:  # else the next one is about to be started
             self._server.served = True
-            self._server.process.kill()
+            self._server.kill()
 
     # --- QEMU -------------------------------------------------------------------------------------------
 
@@ -435,29 +306,8 @@ class Keeper:
         if self._monitor.closed:
             self._monitor.close()
             self._monitor = None
+            self._recoveries.use(None)
             self._qemu_gone()
-
-    def _refill(self) -> None:
-        """Give QEMU connections for later recoveries."""
-        monitor = self._monitor
-        if self._passing or monitor is None or not monitor.usable or len(self._spares) >= _SPARES:
-            return
-        ours, theirs = socket.socketpair()
-        self._names += 1
-        name = f"pyqmigrate-lazy-{self._names}"
-        self._passing = True
-
-        def answer(reply: dict[str, Any]) -> None:
-            self._passing = False
-            if "return" in reply:
-                self._spares.append((name, ours))
-                self._refill()
-            else:
-                ours.close()
-                self._note(f"QEMU takes no connection for a recovery: {reply['error'].get('desc')}")
-
-        with theirs:
-            monitor.pass_fd(theirs.fileno(), name, answer)
 
     def _ask_status(self) -> None:
         if self._monitor is None:
@@ -469,62 +319,55 @@ class Keeper:
                 self._complete()
             elif status in ("failed", "cancelled"):
                 reason = reply["return"].get("error-desc", status)
-                self._end("failed", f"QEMU: {reason}")
+                self._progress.end("failed", f"QEMU: {reason}")
 
         self._monitor.execute("query-migrate", {}, answer)
 
     def _qemu_gone(self) -> None:
-        self._end("gone", "QEMU has ended")
+        self._progress.end("gone", "QEMU has ended")
 
     def _await_completion(self, deadline: float) -> None:
-        if self.state["state"] in ENDED:
+        if self._progress.ended:
             return
         if time.monotonic() > deadline:  # its monitor is busy; it has said that all is there
             self._complete()
             return
-        self._ask_status()
-        self._later(_RETRY, lambda: self._await_completion(deadline))
+        if self._monitor_is_ours:
+            self._ask_status()
+        self._loop.later(RETRY, lambda: self._await_completion(deadline))
 
     def _complete(self) -> None:
-        if self.state["state"] in ENDED:
+        if self._progress.ended:
             return
-        self.state["pages_left"] = 0
+        self._progress.values["pages_left"] = 0
         if self._start.get("collapse"):
             self._make_huge()
-        self._end("completed", None)
+        self._progress.end("completed", None)
 
     def _make_huge(self) -> None:
         # It imports ctypes, which few restores need.
         from pyqmigrate.vm.incoming.keeper.collapse import collapse
 
         try:
-            self.state["huge"] = collapse(self._qemu_pidfd, self._start["collapse"])
+            self._progress.values["huge"] = collapse(self._qemu_pidfd, self._start["collapse"])
         except OSError as error:
-            self._note(f"no huge pages: {error.strerror}")
+            self._progress.note(f"no huge pages: {error.strerror}")
 
     # --- the end ------------------------------------------------------------------------------------------
-
-    def _end(self, state: str, failure: str | None) -> None:
-        if self.state["state"] in ENDED:
-            return
-        self.state |= {"state": state, "failure": failure}
-        self._publish()
 
     def _close(self) -> None:
         if self._server is not None:
             self._server.close()
         deadline = time.monotonic() + 1
-        for lines in (self._parent, *self._clients):
+        for lines in (self._parent, *self._clients.lines()):
             while lines.unsent and not lines.closed and time.monotonic() < deadline:
                 time.sleep(0.005)
                 lines.flush()
             lines.close()
-        if self._listener is not None:
-            self._listener.close()
+        self._clients.close()
 
 
-def main() -> None:
-    """Keep the restore whose parent is standard input."""
+def ignore_signals() -> None:
+    """Ignore the signals of a terminal, and writes to a parent that has ended."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
-    Keeper(socket.socket(fileno=0)).run()

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import json
+import select
 import socket
+from collections.abc import Callable, Sequence
 from typing import Any
 
 __all__ = ["LINE_MAX", "Lines"]
 
 LINE_MAX = 1 << 16
+_PIECE = 65536
+_FDS_MAX = 16
 
 
 class Lines:
-    """A non-blocking socket that carries lines of JSON objects."""
+    """A non-blocking socket that carries lines of JSON objects.
 
-    def __init__(self, connection: socket.socket) -> None:
+    With ``takes_fds`` the descriptors that come along are in ``fds``, for the caller to take out.
+    """
+
+    def __init__(self, connection: socket.socket, *, takes_fds: bool = False) -> None:
         connection.setblocking(False)
         self.connection = connection
         self._received = bytearray()
         self._unsent = bytearray()
+        self._takes_fds = takes_fds
+        self.fds: list[int] = []
         self.closed = False
 
     def fileno(self) -> int:
@@ -29,11 +39,21 @@ class Lines:
     def unsent(self) -> bool:
         return bool(self._unsent)
 
+    def source(self, handle: Callable[[], None]) -> dict[int, tuple[int, Callable[[], None]]]:
+        """Return what to wait for (:data:`~pyqmigrate.vm.incoming.keeper.loop.Sources`): ``handle`` is
+        called when there is something to receive."""
+
+        def work() -> None:
+            self.flush()
+            handle()
+
+        return {self.fileno(): (select.POLLIN | (select.POLLOUT if self._unsent else 0), work)}
+
     def receive(self) -> list[dict[str, Any]]:
         """Return what has come. Sets ``closed`` at the end, and for what is not a line."""
         while not self.closed:
             try:
-                data = self.connection.recv(65536)
+                data = self._receive()
             except BlockingIOError:
                 break
             except OSError:
@@ -42,7 +62,7 @@ class Lines:
                 self.closed = True
                 break
             self._received += data
-            if len(data) < 65536:
+            if len(data) < _PIECE:
                 break
         *lines, rest = self._received.split(b"\n")
         self._received = rest
@@ -56,9 +76,32 @@ class Lines:
                     found.append(value)
         return found
 
-    def send(self, value: dict[str, Any]) -> None:
-        """Send a line, as much of it as goes; the rest follows with :meth:`flush`."""
-        self._unsent += json.dumps(value).encode() + b"\n"
+    def _receive(self) -> bytes:
+        if not self._takes_fds:
+            return self.connection.recv(_PIECE)
+        size = array.array("i").itemsize
+        data, ancillary, _, _ = self.connection.recvmsg(
+            _PIECE, socket.CMSG_SPACE(_FDS_MAX * size), socket.MSG_CMSG_CLOEXEC
+        )
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self.fds += array.array("i", content[: len(content) // size * size])
+        return data
+
+    def send(self, value: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send a line, as much of it as goes; the rest follows with :meth:`flush`.
+
+        ``fds`` come with it, if nothing is unsent.
+        """
+        line = json.dumps(value).encode() + b"\n"
+        if fds:
+            try:
+                sent = socket.send_fds(self.connection, [line], list(fds))
+            except OSError:
+                self.closed = True
+                return
+            line = line[sent:]
+        self._unsent += line
         self.flush()
 
     def flush(self) -> None:

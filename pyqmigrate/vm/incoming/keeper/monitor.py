@@ -10,6 +10,7 @@ from pyqmigrate.vm.incoming.keeper.lines import Lines
 
 __all__ = ["KeeperMonitor"]
 
+_TAKEN_OVER = 1 << 20  # its ids are lower
 _Answer = Callable[[dict[str, Any]], None]
 
 
@@ -23,6 +24,12 @@ class KeeperMonitor(Lines):
         self._ready = ready
         self.usable = False
         self.out_of_band = False
+
+    def take_over(self) -> None:
+        """Go on with a session that another process has negotiated, out-of-band commands included."""
+        self._number = _TAKEN_OVER
+        self.out_of_band = self.usable = True
+        self._ready()
 
     def execute(
         self, command: str, arguments: dict[str, Any], answer: _Answer, *, oob: bool = False

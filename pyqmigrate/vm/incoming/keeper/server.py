@@ -1,69 +1,131 @@
-"""The page server as a child process, and the channel to it."""
+"""The page server as a child process, and the channel to it.
+
+A server is started before it is known what it serves, so that its imports are done by then
+(:mod:`pyqmigrate.vm.incoming.keeper.preloaded`).
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from pyqmigrate.vm.incoming.keeper.lines import Lines
 
-__all__ = ["ServerProcess"]
+__all__ = ["ServerProcess", "ServerProgram"]
 
 _LAST_WORDS = 4096  # bytes of the server's standard error kept
 
 
 class ServerProcess:
-    """A page server: its process, and the control channel."""
+    """A page server: its process, a child of this one, and the control channel.
 
-    def __init__(self, command: list[str], source: socket.socket, fds: list[int]) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs, source:  # only the server may keep them: its end is noticed by QEMU
-            words = ["--fd", str(source.fileno()), "--control", str(theirs.fileno())]
-            self.process = subprocess.Popen(
-                [*command, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[source.fileno(), theirs.fileno(), *fds],
-                start_new_session=True,
-            )
-        self.control = Lines(ours)
-        self.pidfd = os.pidfd_open(self.process.pid)
-        assert self.process.stderr is not None
-        os.set_blocking(self.process.stderr.fileno(), False)
+    ``errors`` is a pipe from its standard error. Both are taken over.
+    """
+
+    def __init__(self, pid: int, control: socket.socket, errors: int) -> None:
+        self.pid = pid
+        self.control = Lines(control)
+        self.pidfd = os.pidfd_open(pid)
+        self._stderr = errors
+        os.set_blocking(errors, False)
+        self._closed = False
         self.served = False  # has QEMU taken anything from it?
         self.error = ""
         self._errors = b""
 
-    @property
-    def stderr(self) -> int:
-        assert self.process.stderr is not None
-        return self.process.stderr.fileno()
+    def serve(
+        self, words: Sequence[str], snapshot: str | int, source: socket.socket, kept: Sequence[int]
+    ) -> None:
+        """Have it serve ``snapshot``, a name or the index of one of the descriptors ``kept``, over
+        ``source``, which is closed: only the server may keep it, as QEMU has to notice its end."""
+        with source:
+            self.control.send({"words": [*words], "snapshot": snapshot}, [source.fileno(), *kept])
 
-    def read_errors(self) -> bool:
-        """Keep the end of its standard error; return whether there may be more."""
+    def kill(self) -> None:
+        if not self._closed:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def read_errors(self) -> None:
+        """Keep the end of its standard error."""
         try:
-            data = os.read(self.stderr, 65536)
-        except BlockingIOError:
-            return True
+            while data := os.read(self._stderr, 65536):
+                self._errors = (self._errors + data)[-_LAST_WORDS:]
         except OSError:
-            return False
-        self._errors = (self._errors + data)[-_LAST_WORDS:]
-        return bool(data)
+            return
 
     def close(self) -> str:
         """End it; return how it ended, with what it wrote."""
-        if self.process.poll() is None:
-            self.process.kill()
-        code = self.process.wait()
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        if not ended:
+            self.kill()
+            _, status = os.waitpid(self.pid, 0)
+        self._closed = True
         self.read_errors()
         self.control.close()
         os.close(self.pidfd)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        os.close(self._stderr)
         if self.error:
             return self.error
+        code = os.waitstatus_to_exitcode(status)
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
         text = self._errors.decode("utf-8", "replace").strip()
         return f"the page server {how}" + (f": {text}" if text else "")
+
+
+class ServerProgram(NamedTuple):
+    """How to start a server: ``command`` is a program whose standard input is the control channel."""
+
+    command: Sequence[str]
+
+    def spawn(self) -> ServerProcess:
+        """Start one that waits for what to serve. Raises OSError."""
+        return _with_channel(self._spawn)
+
+    def _spawn(self, control: int, errors: int) -> int:
+        actions = [
+            (os.POSIX_SPAWN_DUP2, control, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_DUP2, errors, 2),
+        ]
+        return os.posix_spawn(
+            self.command[0], list(self.command), os.environ, file_actions=actions, setsid=True
+        )
+
+    @staticmethod
+    def fork(run: Callable[[], None]) -> ServerProcess:
+        """Fork one that calls ``run``, and ends with it. This process must have a single thread."""
+
+        def start(control: int, errors: int) -> int:
+            pid = os.fork()
+            if not pid:
+                try:
+                    os.setsid()
+                    os.dup2(control, 0)
+                    os.dup2(errors, 2)
+                    os.closerange(3, max(control, errors) + 2)  # all that are open
+                    run()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(1)
+            return pid
+
+        return _with_channel(start)
+
+
+def _with_channel(start: Callable[[int, int], int]) -> ServerProcess:
+    ours, theirs = socket.socketpair()
+    reader, writer = os.pipe()
+    try:
+        with theirs:
+            pid = start(theirs.fileno(), writer)
+    except BaseException:
+        ours.close()
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    return ServerProcess(pid, ours, reader)

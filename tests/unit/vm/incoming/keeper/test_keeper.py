@@ -19,7 +19,7 @@ import pytest
 from pyqmigrate.errors import QemuGone, TargetError
 from pyqmigrate.vm.incoming.keeper.keeper import DAMAGES_MAX, Keeper, status_name
 from pyqmigrate.vm.incoming.keeper.lines import LINE_MAX
-from pyqmigrate.vm.incoming.lazy_process import LazyState
+from pyqmigrate.vm.incoming.lazy_state import LazyState
 from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
 
 # A page server that does what its snapshot says, a line of JSON.
