@@ -98,7 +98,8 @@ class PageServer:
 
     ``report`` is called with an event, a dictionary with the key ``event``: ``loaded``, ``progress``,
     ``damage``, ``shut``. ``control`` is a descriptor, or None; when it is readable, ``on_control`` is
-    called, and returns whether to stop. ``end_sent``: if the connection breaks now, the destination may
+    called, and returns whether to stop. ``may_end`` is asked, when all is sent, whether the end may be sent, and
+    again after ``on_control``. ``end_sent``: if the connection breaks now, the destination may
     have everything; its status is ``completed`` then.
     """
 
@@ -125,6 +126,7 @@ class PageServer:
         self._connection: socket.socket | None = None
         self.control: int | None = None
         self.on_control: Callable[[], bool] = lambda: False
+        self.may_end: Callable[[], bool] = lambda: True
         self.loaded = False
         self._reading = Reading(source)
         self._reset()
@@ -298,7 +300,7 @@ class PageServer:
         if self._withheld and now >= self._retry_at:
             self._retry()
         if self._left() == 0:
-            if not self.end_sent:
+            if not self.end_sent and self.may_end():
                 self._out.append(END)
                 self.end_sent = True
             return

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -15,16 +14,17 @@ from typing import Any
 
 import pytest
 
-from pyqmigrate.errors import QemuError
+from pyqmigrate.errors import QemuError, QemuRefused
 from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.compare_memory import assert_same_memory
-from tests.harness.lazy_guests import children_of, kill_server, server_of
-from tests.harness.pools import is_alive, until
+from tests.harness.lazy_guests import kill_server, server_of
+from tests.harness.pools import is_alive
 from tests.harness.saved import RAM, Saved, goes_on, memory_of, save_guest, serial_says
 from tests.harness.verbs import restored
+from tests.harness.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 
@@ -57,9 +57,35 @@ async def complete(vm: RestoredVm) -> None:
     await asyncio.wait_for(vm.lazy.completed(), PATIENCE)
 
 
+async def until_held(vm: RestoredVm, block: str) -> None:
+    """Wait until the restore does not end because of a block that was plugged in."""
+    assert vm.lazy is not None
+    async with asyncio.timeout(PATIENCE):
+        while not vm.lazy.state.warnings:
+            await vm.lazy.changed()
+    [warning] = vm.lazy.state.warnings
+    assert block in warning
+    assert "unplug it" in warning
+    assert (vm.lazy.state.state, vm.lazy.state.pages_left) == ("running", 0)
+    assert (await vm.monitor.execute("query-migrate"))["status"] == "postcopy-active"
+
+
+def test_devices_can_be_plugged_in(saved: Saved, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with lazy(saved, tmp_path / "serial", push="idle") as vm:
+            await vm.monitor.execute("device_add", {"driver": "virtio-rng-pci", "id": "rng"})
+            await vm.monitor.execute("device_del", {"id": "rng"})
+            await complete(vm)
+            await goes_on(saved, vm, tmp_path / "serial")
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("kill", [False, True])
-def test_memory_and_devices_can_be_plugged_in(saved: Saved, tmp_path: Path, kill: bool) -> None:
-    """Also if the page server is replaced afterwards: the new block is not the snapshot's."""
+def test_guest_with_memory_that_was_plugged_in_keeps_its_server(
+    saved: Saved, tmp_path: Path, kill: bool
+) -> None:
+    """QEMU would leave the guest waiting for zero pages that were never sent; also after a kill."""
 
     async def run() -> None:
         async with lazy(saved, tmp_path / "serial", push="idle") as vm:
@@ -69,16 +95,35 @@ def test_memory_and_devices_can_be_plugged_in(saved: Saved, tmp_path: Path, kill
             await vm.monitor.execute(
                 "device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "more"}
             )
-            await vm.monitor.execute("device_add", {"driver": "virtio-rng-pci", "id": "rng"})
             if kill:
                 kill_server(vm)
-            await vm.monitor.execute("device_del", {"id": "rng"})
+            await until_held(vm, "'more'")
+            said = await asyncio.to_thread(serial_says, tmp_path / "serial", 3)
+            first = len(saved.reports) + 1
+            assert said == bytes(number & 0x7F for number in range(first, first + len(said)))
+
+    asyncio.run(run())
+
+
+def test_restore_ends_when_memory_was_unplugged_again(saved: Saved, tmp_path: Path) -> None:
+    rom = tmp_path / "rom"
+    rom.write_bytes(b"\x55\xaa" + bytes(4094))
+
+    async def run() -> None:
+        command = [*saved.command(serial=tmp_path / "serial"), "-netdev", "user,id=net"]
+        command.remove("-no-reboot")
+        vm = await restore(saved.path, command, mode="lazy")
+        try:
+            nic = {"driver": "virtio-net-pci", "id": "nic", "netdev": "net", "romfile": str(rom)}
+            await vm.monitor.execute("device_add", nic)
+            await until_held(vm, "virtio-net-pci.rom")
+            await vm.monitor.execute("device_del", {"id": "nic"})
+            await vm.monitor.execute("system_reset")  # without the guest's help, it goes then
             await complete(vm)
             memory = await memory_of(vm.monitor, vm.process.pid)
-            assert not any(memory["more"])
-            devices = await vm.monitor.execute("query-memory-devices")
-            assert [device["data"]["id"] for device in devices] == ["dimm"]
-            await goes_on(saved, vm, tmp_path / "serial")
+            assert not any("virtio-net" in name for name in memory)
+        finally:
+            await vm.end()
 
     asyncio.run(run())
 
@@ -106,14 +151,18 @@ def test_dump_has_every_page_or_is_refused(saved: Saved, tmp_path: Path) -> None
 
     async def run() -> None:
         async with lazy(saved, tmp_path / "serial", paused=True) as vm:
-            await vm.monitor.execute(
-                "dump-guest-memory",
-                {"paging": False, "protocol": f"file:{tmp_path}/dump"},
-                timeout=PATIENCE,
-            )
+            dump = {"paging": False, "protocol": f"file:{tmp_path}/dump"}
+            try:
+                await vm.monitor.execute("dump-guest-memory", dump, timeout=PATIENCE)
+            except QemuRefused as error:
+                assert "Dump not allowed during migration" in str(error)
+                assert qemu_version() >= (11, 0)
+                return
             assert (await vm.monitor.execute("query-migrate"))["status"] == "postcopy-active"
 
     asyncio.run(run())
+    if not (tmp_path / "dump").exists():
+        return
     content = (tmp_path / "dump").read_bytes()
     ram = saved.memory["pc.ram"]
     start = content.find(ram[4 << 20 : (4 << 20) + 8192]) - (4 << 20)
@@ -201,9 +250,7 @@ def test_restore_that_is_killed_leaves_a_guest_that_gets_its_memory(
     options = ["--mode", "lazy", "--qmp", str(tmp_path / "qmp")]
     with restored(saved.path, command, *options) as report:
         pid = report["pid"]
-        [restoring] = parents = [parent_of(pid)]
-        assert parents
-        os.kill(restoring, signal.SIGKILL)
+        os.kill(parent_of(pid), signal.SIGKILL)
         state = asyncio.run(asyncio.wait_for(wait_for_memory(pid), PATIENCE))
         assert state.pages_left == 0
         assert is_alive(pid)

@@ -231,7 +231,7 @@ class LazyStart:
         }
         started = time.monotonic()
         collapse = _collapsible(table) if self._options.huge_pages else []
-        keeper.begin(qemu.process.pid, host_pages, collapse)
+        keeper.begin(qemu.process.pid, [line.name for line in table], host_pages, collapse)
         uri = {"uri": f"fd:{_STREAM}", "exit-on-error": False}
         try:
             run_blocking(monitor.execute("migrate-incoming", uri))
