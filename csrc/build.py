@@ -36,6 +36,7 @@ SOURCES = [
     "stash.c",
     "blake3.c",
     "dedup.c",
+    "postcopy.c",
 ]
 HEADERS = [
     "qmigrate.h",

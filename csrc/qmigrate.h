@@ -846,6 +846,116 @@ int64_t qm_split_runs(const struct qm_page_run *runs, uint64_t nruns, const uint
 /* XORs `len` bytes with `other`. */
 void qm_xor(void *bytes, const void *other, size_t len);
 
+/* ---- post-copy ------------------------------------------------------------------------------ */
+
+/*
+ * The destination of a post-copy migration runs before its memory is there. It asks for pages over the
+ * return path of its connection, and gets page records in short PARTs, each page once: QEMU fails on a
+ * page that comes twice.
+ */
+
+/* A block whose pages are sent.
+ *   name, name_len   not zero-terminated
+ *   together         so many pages are one of the destination's memory, which is sent as a whole
+ *   data             pages with data; the others are zeros
+ *   pending          pages with data that have to be sent, `left` in number
+ *   sent             pages that were sent. A page is marked before it is sent.
+ *   total            is added to: pages that were sent, zero pages included
+ *   fd, pages_offset a file with the pages, page 0 at pages_offset; -1: the caller reads them */
+struct qm_served_block {
+    const unsigned char *name;
+    uint8_t name_len;
+    uint32_t page_size;
+    uint32_t together;
+    uint64_t npages;
+    const uint64_t *data;
+    uint64_t *pending;
+    uint64_t *sent;
+    uint64_t left;
+    uint64_t total;
+    int fd;
+    int64_t pages_offset;
+};
+
+/* The source's side of one connection after another. One thread at a time uses it. */
+typedef struct qm_postcopy qm_postcopy;
+
+/* `blocks` are borrowed. `part_header` (5 bytes) and `part_end` (13 bytes) are around the records of a
+ * PART. Returns NULL when out of memory. */
+qm_postcopy *qm_postcopy_create(struct qm_served_block *blocks, size_t nblocks,
+                                const unsigned char *part_header, const unsigned char *part_end);
+void qm_postcopy_destroy(qm_postcopy *postcopy);
+
+/* Forget the former connection, and what was to be sent over it. The socket is borrowed. */
+void qm_postcopy_connect(qm_postcopy *postcopy, int socket);
+
+/* Pages [first, first + npages) of block number `block`, whole pages of the destination, at `bytes`,
+ * which stay valid until they are sent; NULL if none of them has data.
+ *   since   0: nobody has asked for them; of these, pending pages are sent. Otherwise the time of the
+ *           request (nanoseconds of CLOCK_MONOTONIC); all are sent that were not. */
+struct qm_sent_pages {
+    uint64_t block;
+    uint64_t first;
+    uint64_t npages;
+    const void *bytes;
+    int64_t since;
+};
+
+/* Have qm_postcopy_serve send pages. -EBUSY: pages of the same kind, requested or not, are being sent;
+ * -EINVAL: no such pages. */
+int qm_postcopy_send(qm_postcopy *postcopy, const struct qm_sent_pages *pages);
+
+#define QM_REQUEST 1  /* a request that the caller has to answer */
+#define QM_MESSAGE 2  /* bytes that the caller has to parse: qm_postcopy_received */
+#define QM_ANSWERED 4 /* requested pages were sent */
+#define QM_PUSHED 8   /* other pages were sent */
+#define QM_DUE 16     /* other pages should be sent now, and there are none */
+#define QM_WOKEN_0 32 /* wake[0] is readable */
+#define QM_WOKEN_1 64 /* wake[1] is readable */
+#define QM_TIMEOUT 128
+#define QM_EMPTY 256 /* a block has no more pending pages */
+
+/* What qm_postcopy_serve has to do, and what it reports. Times are in nanoseconds.
+ *   push      whether to return with QM_DUE
+ *   raw       whether all that is received is for the caller: the start of it is incomplete
+ *   all       whether all requests are for the caller, unless everything was sent
+ *   quiet     how long no request must have come before pages are sent that nobody has asked for;
+ *             0: always
+ *   timeout   after this it returns; negative: never
+ *   wake      descriptors, or -1
+ *   events    why it returned: a set of QM_*
+ *   block, first, npages, since   the request of QM_REQUEST
+ *   requests, answers, answer_ns, longest_ns   are added to: requests, those that were answered here
+ *             or by QM_ANSWERED, and how long these took, in total and at most */
+struct qm_serving {
+    int push;
+    int raw;
+    int all;
+    int64_t quiet;
+    int64_t timeout;
+    int wake[2];
+    int events;
+    uint64_t block;
+    uint64_t first;
+    uint64_t npages;
+    int64_t since;
+    uint64_t requests;
+    uint64_t answers;
+    int64_t answer_ns;
+    int64_t longest_ns;
+};
+
+/* Answer requests, and send pages in between, until something happens that the caller has to know.
+ * Requests for pages that were sent need no answer; those for zero pages, and for pages of a file that
+ * can be read, are answered here. Returns 0, or -errno when the connection has ended. */
+int qm_postcopy_serve(qm_postcopy *postcopy, struct qm_serving *serving);
+
+/* Take the bytes of QM_MESSAGE: at most `len`. Returns how many. */
+size_t qm_postcopy_received(qm_postcopy *postcopy, unsigned char *out, size_t len);
+
+/* Note that the caller has parsed a request for pages of a block, to which a later one may refer. */
+void qm_postcopy_asked(qm_postcopy *postcopy, uint64_t block);
+
 /* ---- direct I/O ----------------------------------------------------------------------------- */
 
 /* Get from the kernel what direct I/O on the file requires of addresses and of positions.

@@ -31,7 +31,7 @@ from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.errors import UsageError, target_error
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.socket_path import SocketPath
-from pyqmigrate.page_server.server import Ending, Push
+from pyqmigrate.page_server.options import Ending, Push
 from pyqmigrate.page_server.serving import ServeRequest, serve
 from pyqmigrate.page_server.status_socket import StatusSocket
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.page_server.control import Control
-from pyqmigrate.page_server.server import Ending, Push
+from pyqmigrate.page_server.options import Ending, Push
 from pyqmigrate.page_server.serving import ServeRequest, serve
 
 __all__ = ["main"]

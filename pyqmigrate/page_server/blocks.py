@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 from pyqmigrate.format.postcopy.stream import PostcopyBlock
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.page_sending import SentBlock
 
 __all__ = ["ServedBlock"]
 
@@ -33,42 +33,24 @@ class ServedBlock:
             self.pending = Bitmap(self.npages)
             self.pending.add(data)
             stack.pop_all()
-        self.data_pages = self.left = self.pending.count()
+        self.data_pages = self.pending.count()
 
     def mark_received(self, bits: bytes) -> None:
         """Take the pages that the destination has, in a connection that replaces a broken one."""
         self.sent.fill(memoryview(bits))
         self.pending.add(self._data)  # what was sent need not have arrived
         self.pending.remove(self.sent)
-        self.left = self.pending.count()
 
-    def take(self, first: int, end: int, *, zeros: bool) -> list[tuple[int, int, bool]]:
-        """Return the pages of ``[first, end)`` that have to be sent, marked as sent: ``(from, to, whether
-        they have data)`` for each run of them.
-
-        With ``zeros`` also pages without data. Pages that are one of the destination are returned all
-        or not at all.
-        """
-        found: list[tuple[int, int, bool]] = []
-        if self.together > 1:
-            for start in range(first, end, self.together):
-                stop = start + self.together
-                if not self.sent[start] and (zeros or self.pending.count_between(start, stop)):
-                    found += _runs(self._data, start, stop)
-        elif zeros:
-            for start, stop, sent in _runs(self.sent, first, end):
-                found += [] if sent else _runs(self._data, start, stop)
-        else:
-            found = [run for run in _runs(self.pending, first, end) if run[2]]
-        for start, stop, has_data in found:
-            self.left -= (stop - start) if has_data else 0
-            self.sent.add_range(start, stop)
-            self.pending.remove_range(start, stop)
-        return found
+    def for_sending(self, place: tuple[int, int] | None) -> SentBlock:
+        """Return the block for the core, which borrows the bitmaps; ``place`` is where its pages are in a
+        file, if the core may read them."""
+        return SentBlock(
+            self.name, self.page_size, self.together, self._data, self.pending, self.sent, place
+        )
 
     def next_window(self, start: int, longest: int) -> tuple[int, int] | None:
-        """Return the next pages, at most ``longest`` or one of the destination, whose first and last are
-        pending, from ``start`` on; None if there are none."""
+        """Return the next pages whose first and last are pending, from ``start`` on, or one of the
+        destination; None if there are none. They do not go past a multiple of ``longest``."""
         if start >= self.npages:
             return None
         first = start if self.pending[start] else self.pending.run_end(start, self.npages)
@@ -77,7 +59,7 @@ class ServedBlock:
         if self.together > 1:
             first -= first % self.together
             return first, first + self.together
-        end = min(first + longest, self.npages)
+        end = min((first // longest + 1) * longest, self.npages)
         while not self.pending[end - 1]:
             end -= 1
         return first, end
@@ -86,11 +68,3 @@ class ServedBlock:
         """Free the memory. Idempotent."""
         self.sent.close()
         self.pending.close()
-
-
-def _runs(bitmap: Bitmap, first: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield ``(from, to, set)`` of each run of equal bits in ``[first, end)``."""
-    while first < end:
-        stop = bitmap.run_end(first, end)
-        yield first, stop, bitmap[first]
-        first = stop

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.export.convert import convert
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
 from pyqmigrate.integrity.manifest import Manifest, read_manifest
-from pyqmigrate.integrity.verify import verify_seal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.memory import SnapshotMemory
@@ -25,7 +23,6 @@ from pyqmigrate.snapshot.base import Snapshot, error_from_errno
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.increment import IncrementSnapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
-from pyqmigrate.store.plain_snapshot import unnamed_file
 
 __all__ = ["Layer", "MappedRamSource", "SequentialSource", "open_file_source"]
 
@@ -112,6 +109,13 @@ class MappedRamSource(PageSource):
             parts.append(layer.read(first, stop - first))
             first = stop
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def place(self, block: int) -> tuple[int, int] | None:
+        layers = self._layers[block]
+        file = layers[0].file
+        if self.readers or len(layers) > 1 or not isinstance(file, OpenFile):
+            return None
+        return file.fd, layers[0].layout.pages_offset
 
     def _drop(self) -> None:
         for bitmap in self._data:
@@ -212,6 +216,10 @@ def _unpacked(snapshot: Snapshot, *, sealed: bool) -> PageSource:
 
     The file is made beside the snapshot, or among temporary files. Raises TargetError without space.
     """
+    # Loaded only for this: a guest waits for the imports of its page server.
+    from pyqmigrate.export.convert import convert
+    from pyqmigrate.store.plain_snapshot import unnamed_file
+
     if sealed:
         _check_whole(snapshot)
     name, identity = snapshot.source.name, _identity(snapshot)
@@ -232,6 +240,8 @@ def _check_whole(snapshot: Snapshot) -> None:
     """Compare a file with its seal, if it has one. Raises SnapshotError if they differ."""
     if snapshot.source.place is None:
         return
+    from pyqmigrate.integrity.verify import verify_seal
+
     check = verify_seal(os.fspath(snapshot.source.place))
     if check is not None and not check.intact:
         raise SnapshotError(

@@ -25,14 +25,14 @@ class OpenFile(ReadAt):
     """A file by its descriptor, which is borrowed. ``name`` is for messages."""
 
     def __init__(self, fd: int, name: str) -> None:
-        self._fd = fd
+        self.fd = fd
         self.name = name
 
     def read_at(self, offset: int, length: int) -> bytes:
         try:
-            data = os.pread(self._fd, length, offset)
+            data = os.pread(self.fd, length, offset)
             while len(data) < length:
-                more = os.pread(self._fd, length - len(data), offset + len(data))
+                more = os.pread(self.fd, length - len(data), offset + len(data))
                 if not more:
                     raise SnapshotTruncated(
                         f"{self.name!r} has become shorter", offset=offset + len(data)

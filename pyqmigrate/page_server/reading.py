@@ -18,13 +18,14 @@ __all__ = ["Read", "Reading"]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Pages ``[first, end)`` of a block. ``demand``: the guest waits for them, since ``since``."""
+    """Pages ``[first, end)`` of a block. ``demand``: the guest waits for them, since ``since``, in
+    nanoseconds of the monotonic clock."""
 
     block: int
     first: int
     end: int
     demand: bool
-    since: float = 0.0
+    since: int = 0
 
 
 class Reading:

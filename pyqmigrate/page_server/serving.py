@@ -23,7 +23,8 @@ from pyqmigrate.io.working_set_file import (
     write_working_set,
 )
 from pyqmigrate.page_server.control import Control
-from pyqmigrate.page_server.server import Ending, PageServer, Push, ServerOptions
+from pyqmigrate.page_server.options import Ending, Push, ServerOptions
+from pyqmigrate.page_server.server import PageServer
 from pyqmigrate.page_server.sources import PageSource, open_source
 
 __all__ = ["ServeRequest", "serve"]

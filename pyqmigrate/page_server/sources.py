@@ -61,12 +61,14 @@ class PageSource(abc.ABC):
 
     ``name`` is for messages, ``identity`` is that of the file, for working sets. ``readers`` is how many
     reads are best under way at once; 0 if they are so quick that the caller need not use threads.
+    ``window`` is how many pages are best read together.
     """
 
     name: str
     identity: SnapshotId
     state: GuestState
     readers = 0
+    window = 64
 
     @abc.abstractmethod
     def data(self, block: int) -> Bitmap:
@@ -82,6 +84,11 @@ class PageSource(abc.ABC):
         May be called by several threads. Raises SnapshotError for damage, TargetError; the message names
         the file, the caller adds block and pages.
         """
+
+    def place(self, block: int) -> tuple[int, int] | None:
+        """Return where the pages of a block are in a plain file, of which nothing has to be compared:
+        its descriptor, which is borrowed, and the position of page 0. None if they are not."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pyqmigrate.page_server.control import Control
-from pyqmigrate.page_server.server import Ending
+from pyqmigrate.page_server.options import Ending
 from pyqmigrate.page_server.serving import ServeRequest, serve
 from tests.harness.lazy_destination import Destination, Memory
 

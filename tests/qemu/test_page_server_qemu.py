@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import convert, open_snapshot, seal
-from pyqmigrate.page_server.server import Ending, Push
+from pyqmigrate.page_server.options import Ending, Push
 from pyqmigrate.page_server.serving import ServeRequest
 from pyqmigrate.store import Store, add
 from tests.harness.compare_memory import assert_same_blocks

@@ -95,6 +95,11 @@ class ReturnPath:
             if message is not None:
                 yield message
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether the start of a message is kept: what is received next belongs to it."""
+        return bool(self._data)
+
     def _next(self) -> tuple[int, Message | None] | None:
         """Return the length of the next message and the message; None if it is not complete."""
         data = self._data

@@ -29,6 +29,7 @@ from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 
 if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.lazy_keeper import StartedKeeper
     from pyqmigrate.vm.incoming.lazy_start import StartedLazy
 
 __all__ = ["EarlyRestore", "StartedRestore", "prepare", "start_early", "start_mapped"]
@@ -151,17 +152,21 @@ class EarlyRestore(NamedTuple):
 def start_early(
     snapshot: Target, command: Sequence[str] | None, options: RestoreOptions
 ) -> EarlyRestore | None:
-    """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`.
+    """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`. Not for a
+    process with threads: a lazy one forks.
 
     Returns None if it could not be started, for any reason: the restore that follows meets it again
     and reports it, or loads. If the wait is interrupted, QEMU is ended.
     """
+    keeper = _forked_keeper(snapshot) if options.mode is Mode.LAZY else None
     results: list[EarlyRestore] = []
 
     def work() -> None:
         try:
-            start = _start_lazy if options.mode is Mode.LAZY else _start
-            results.append(start(snapshot, command, options))
+            if options.mode is not Mode.LAZY:
+                results.append(_start(snapshot, command, options))
+            elif keeper is not None:
+                results.append(_start_lazy(snapshot, command, options, keeper))
         except Exception:  # the restore that follows meets it again
             return
 
@@ -181,6 +186,18 @@ def start_early(
     return results[0] if results else None
 
 
+def _forked_keeper(snapshot: Target) -> StartedKeeper | None:
+    # Loaded only for this, and before the fork, which has it then: it imports all that an instant restore
+    # does without.
+    import pyqmigrate.vm.incoming.lazy_start  # noqa: F401
+    from pyqmigrate.vm.incoming.forked_keeper import fork_keeper
+
+    try:
+        return fork_keeper(snapshot if isinstance(snapshot, str) else "")
+    except TargetError:  # the restore that follows meets it again
+        return None
+
+
 def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
     source = RestoreSource(
         snapshot, options.offset, options.base, options.cache, options.record is not None
@@ -197,15 +214,10 @@ def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOption
 
 
 def _start_lazy(
-    snapshot: Target, words: Sequence[str] | None, options: RestoreOptions
+    snapshot: Target, words: Sequence[str] | None, options: RestoreOptions, keeper: StartedKeeper
 ) -> EarlyRestore:
-    # Loaded only for this, as it imports all that an instant restore does without.
-    from pyqmigrate.vm.incoming.lazy_keeper import keeper_for
-
-    keeper = keeper_for(snapshot if isinstance(snapshot, str) else "")
     with contextlib.ExitStack() as undo:
         undo.callback(keeper.end)
-        # More imports, while the page server has its own.
         from pyqmigrate.vm.incoming.lazy_start import LazyStart
 
         source = RestoreSource(snapshot, options.offset, options.base, options.cache)

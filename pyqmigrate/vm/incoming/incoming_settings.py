@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED
+from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.commands import Commands
 
-__all__ = ["NEEDED", "Incoming", "configure", "questions_of_settings"]
+__all__ = ["NEEDED", "Incoming", "configure", "presets_possible", "settings_of"]
 
 NEEDED = (9, 1, 0)  # descriptors in fdsets, exit-on-error
 # Capabilities that change the format of an incoming stream, or how it is loaded.
@@ -65,25 +66,38 @@ class Incoming:
         return names + ["multifd"] * bool(self.channels) + ["postcopy-ram"] * self.postcopy
 
 
-def questions_of_settings() -> list[str]:
-    """Return the commands without arguments that :func:`configure` needs the answers of."""
-    return ["query-migrate-capabilities"]
+def presets_possible(command: CommandLine) -> bool:
+    """Return whether a command line may switch on capabilities (-global migration.x-...)."""
+    return any(command.has(name) for name in ("global", "set", "readconfig"))
 
 
-async def configure(monitor: Commands, incoming: Incoming) -> None:
-    """Set what the load needs, and nothing else. Raises NotSupported if QEMU does not have it."""
+def settings_of(incoming: Incoming) -> dict[str, object]:
+    """Return the argument with which :func:`configure` switches capabilities on, without presets."""
+    return {"capabilities": _states(incoming.capabilities_on(), True)}
+
+
+def _states(names: Iterable[str], state: bool) -> list[dict[str, object]]:
+    return [{"capability": name, "state": state} for name in names]
+
+
+async def configure(monitor: Commands, incoming: Incoming, *, presets: bool = True) -> None:
+    """Set what the load needs, and nothing else; without ``presets``, what QEMU has set is not asked for.
+
+    Raises NotSupported if QEMU does not have it.
+    """
     if monitor.version < NEEDED:
         version = ".".join(map(str, monitor.version))
         raise NotSupported(f"a restore needs QEMU 9.1 or later; this is {version}")
     names = incoming.capabilities_on()
-    states = [{"capability": name, "state": True} for name in names]
+    states = _states(names, True)
     # The command line may switch on others (-global migration.x-...).
+    set_before = await monitor.execute("query-migrate-capabilities") if presets else []
     preset = [
         entry["capability"]
-        for entry in await monitor.execute("query-migrate-capabilities")
+        for entry in set_before
         if entry["state"] and entry["capability"] in _CONFLICTING - set(names)
     ]
-    states += [{"capability": name, "state": False} for name in preset]
+    states += _states(preset, False)
     if not states:
         return
     try:

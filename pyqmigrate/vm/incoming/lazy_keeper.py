@@ -1,6 +1,6 @@
 """Start the keeper of a lazy restore, without an event loop.
 
-    keeper = start_keeper("opened", "/snap/guest.mapped")     # its imports and the server's go on from here
+    keeper = start_keeper("/snap/guest.mapped")               # its imports and the server's go on from here
     keeper.set_up(snapshot, kept, settings, monitor, source)
     keeper.begin(pid, blocks, page_sizes, collapse)
     keeper.wait_until_loaded()                                # the guest can run; its pages follow
@@ -19,13 +19,21 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import pyqmigrate
 from pyqmigrate.errors import QemuError, target_error
 from pyqmigrate.io.view import names_stored
 from pyqmigrate.vm.incoming.lazy_state import LazyState
 
-__all__ = ["ServerSettings", "StartedKeeper", "keeper_for", "start_keeper"]
+__all__ = [
+    "ServerSettings",
+    "KeeperChild",
+    "StartedKeeper",
+    "program_words",
+    "source_kind",
+    "start_keeper",
+]
 
 _END_TIMEOUT = 5.0  # seconds
 _PACKAGES = os.path.dirname(os.path.dirname(os.path.abspath(pyqmigrate.__file__)))
@@ -74,6 +82,21 @@ def _words(values: Mapping[str, object]) -> list[str]:
     ]
 
 
+class KeeperChild(Protocol):
+    """The process of a keeper, a child of this one: as :class:`subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 class StartedKeeper:
     """A keeper that this process has started. ``state`` is the latest that it has reported.
 
@@ -81,7 +104,7 @@ class StartedKeeper:
     :class:`~pyqmigrate.vm.incoming.lazy_process.KeeperProcess`, which follows it later.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    def __init__(self, process: KeeperChild, channel: socket.socket) -> None:
         self.process = process
         self.channel = channel
         self.state = LazyState()
@@ -173,21 +196,24 @@ class StartedKeeper:
             self.process.wait()
 
 
-def keeper_for(snapshot: str) -> StartedKeeper:
-    """Start the keeper for a snapshot by the name that the user gave. Raises TargetError."""
-    stored = "#" in snapshot and names_stored(snapshot)
-    return start_keeper("stored" if stored else "opened", snapshot)
+def source_kind(snapshot: str) -> str:
+    """Return the module of the page server that opens a snapshot, by the name that the user gave."""
+    return "stored" if "#" in snapshot and names_stored(snapshot) else "opened"
 
 
-def start_keeper(kind: str, shown: str) -> StartedKeeper:
-    """Start the keeper, and its page server for a ``kind`` of source: the module ``opened`` for files,
-    ``stored`` for a store. ``shown`` is for people who read a list of processes.
+def program_words(kind: str, shown: str) -> list[str]:
+    """Return the arguments of :mod:`pyqmigrate.vm.incoming.keeper.boot`."""
+    # Without site: the guest waits for the imports.
+    return [_PACKAGES, kind, shown, _PACKAGES, *(path for path in sys.path if os.path.isabs(path))]
+
+
+def start_keeper(snapshot: str) -> StartedKeeper:
+    """Start the keeper, and its page server, for a snapshot by the name that the user gave.
 
     Both import what they need, and wait for :meth:`StartedKeeper.set_up`. Raises TargetError.
     """
-    # Without site: the guest waits for the imports.
-    paths = [_PACKAGES, *(path for path in sys.path if os.path.isabs(path))]
-    command = [sys.executable, "-I", "-S", "-c", _KEEPER, _PACKAGES, kind, shown, *paths]
+    words = program_words(source_kind(snapshot), snapshot)
+    command = [sys.executable, "-I", "-S", "-c", _KEEPER, *words]
     ours, theirs = socket.socketpair()
     try:
         with theirs:

@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import json
 import socket
-import subprocess
 from collections.abc import Callable
 
 from pyqmigrate.errors import QemuError
-from pyqmigrate.vm.incoming.lazy_keeper import StartedKeeper
+from pyqmigrate.vm.incoming.lazy_keeper import KeeperChild, StartedKeeper
 from pyqmigrate.vm.incoming.lazy_state import LazyState
 
 __all__ = ["KeeperProcess", "follow"]
@@ -33,7 +32,7 @@ class KeeperProcess:
         self._changed = asyncio.Event()
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> KeeperChild:
         return self._started.process
 
     def attach(self) -> None:

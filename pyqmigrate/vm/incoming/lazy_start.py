@@ -21,9 +21,14 @@ from pyqmigrate.vm.incoming.compatibility import (
     compare_type,
     questions,
 )
-from pyqmigrate.vm.incoming.incoming_settings import Incoming, configure, questions_of_settings
+from pyqmigrate.vm.incoming.incoming_settings import (
+    Incoming,
+    configure,
+    presets_possible,
+    settings_of,
+)
 from pyqmigrate.vm.incoming.lazy_checks import why_not_lazy
-from pyqmigrate.vm.incoming.lazy_keeper import ServerSettings, StartedKeeper, keeper_for
+from pyqmigrate.vm.incoming.lazy_keeper import ServerSettings, StartedKeeper, start_keeper
 from pyqmigrate.vm.incoming.lazy_settings import server_settings
 from pyqmigrate.vm.incoming.options import RestoreOptions
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
@@ -38,7 +43,7 @@ from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 __all__ = ["LAZY", "LazyStart", "StartedLazy"]
 
 LAZY = Incoming({}, 0, stream=-1, lazy=True)
-_STREAM = "pyqmigrate-stream"
+_STREAM = "lazy"  # short: see BlockingMonitor
 _PAGE = 4096
 _HUGE = 2 << 20
 _PATIENCE = 0.15  # seconds for a QEMU whose guest has not run
@@ -143,7 +148,7 @@ class LazyStart:
                 sockets.destination.close()
                 try:
                     differences, table = self._compare(monitor, command, saved)
-                    run_blocking(configure(monitor, LAZY))
+                    run_blocking(configure(monitor, LAZY, presets=presets_possible(command)))
                     files.clear()
                     seconds = self._load(qemu, monitor, keeper, table)
                 except QemuGone as error:
@@ -171,7 +176,7 @@ class LazyStart:
     ) -> StartedKeeper:
         keeper = self._keeper
         if keeper is None:
-            keeper = self._keeper = keeper_for(self._source.name)
+            keeper = self._keeper = start_keeper(self._source.name)
             on_failure.callback(keeper.end)
         self._check_abandoned()
         source = self._source
@@ -200,8 +205,8 @@ class LazyStart:
         """Send all that is asked of QEMU: it answers when its monitor works."""
         for name, arguments in questions(command, saved):
             monitor.ask(name, arguments)
-        for name in questions_of_settings():
-            monitor.ask(name)
+        if not presets_possible(command):
+            monitor.ask("migrate-set-capabilities", settings_of(LAZY))
         monitor.ask("getfd", {"fdname": _STREAM}, [sockets.destination.fileno()])
 
     def _compare(

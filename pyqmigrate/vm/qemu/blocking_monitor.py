@@ -4,8 +4,10 @@
     monitor.ask("query-kvm")                     # as early as the process exists
     run_blocking(monitor.execute("query-kvm"))   # waits for the answer
 
-Commands can be sent before QEMU greets: it answers all of them as soon as its monitor works. Another
-process may go on with the session later.
+Commands can be sent before QEMU greets: it answers all of them as soon as its monitor works, in their
+order. Another process may go on with the session later.
+
+QEMU reads its monitors byte by byte, 10 us each while the host is busy: so the lines are short.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class BlockingMonitor:
         self._received = bytearray()
         self._number = 0
         self._asked: dict[str, int] = {}
-        self._replies: dict[int, dict[str, Any]] = {}
+        self._replies: dict[int, dict[str, Any]] = {}  # by the number of the command
         self._version = (0, 0, 0)
         self.answered_at: float | None = None
         self._enabled = self._send("qmp_capabilities", {"enable": ["oob"]})
@@ -78,10 +80,10 @@ class BlockingMonitor:
         self, command: str, arguments: Mapping[str, object] | None, fds: Sequence[int] = ()
     ) -> int:
         self._number += 1
-        request: dict[str, object] = {"execute": command, "id": self._number}
+        request: dict[str, object] = {"execute": command}
         if arguments:
             request["arguments"] = dict(arguments)
-        line = json.dumps(request).encode() + b"\n"
+        line = json.dumps(request, separators=(",", ":")).encode() + b"\n"
         try:
             sent = socket.send_fds(self._connection, [line], list(fds)) if fds else 0
             self._connection.sendall(line[sent:], socket.MSG_NOSIGNAL)
@@ -122,8 +124,8 @@ class BlockingMonitor:
             self.answered_at = time.monotonic()
             version = line["QMP"]["version"]["qemu"]
             self._version = (version["major"], version["minor"], version["micro"])
-        elif "id" in line:
-            self._replies[line["id"]] = line
+        elif "event" not in line:
+            self._replies[len(self._replies) + 1] = line
 
 
 def _key(command: str, arguments: Mapping[str, object] | None) -> str:

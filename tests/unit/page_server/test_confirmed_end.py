@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pyqmigrate.page_server.server import Ending
+from pyqmigrate.page_server.options import Ending, Push
 from pyqmigrate.page_server.serving import ServeRequest
 from tests.harness.lazy_destination import Destination, Memory
 from tests.harness.page_serving import Serving
@@ -59,7 +59,7 @@ def test_command_that_comes_too_early_has_no_effect(tmp_path: Path) -> None:
     with ExitStack() as stack:
         destination = Destination(theirs, memory).start()
         stack.callback(destination.join)
-        request = ServeRequest(str(tmp_path / "a"), confirm_end=True, push="never")  # type: ignore[arg-type]
+        request = ServeRequest(str(tmp_path / "a"), confirm_end=True, push=Push.NEVER)
         serving = stack.enter_context(Serving(request, ours))
         stack.callback(destination.cut)
         serving.wait_for("loaded")

@@ -16,7 +16,7 @@ import pytest
 
 from pyqmigrate import RamBlock, compact, save, seal
 from pyqmigrate.errors import PyqmigrateError
-from pyqmigrate.page_server.server import Push
+from pyqmigrate.page_server.options import Push
 from pyqmigrate.page_server.serving import ServeRequest
 from pyqmigrate.store import Store, add
 from tests.harness.covering import covering

@@ -16,8 +16,8 @@ from pyqmigrate import RamBlock, open_snapshot, save
 from pyqmigrate.errors import QemuError, QemuGone, UsageError
 from pyqmigrate.format.seal import PIECE
 from pyqmigrate.io.working_set_file import read_working_set
-from pyqmigrate.page_server import server as module
-from pyqmigrate.page_server.server import Ending, Push
+from pyqmigrate.page_server import withheld as module
+from pyqmigrate.page_server.options import Ending, Push
 from pyqmigrate.page_server.serving import ServeRequest
 from tests.harness.lazy_destination import PAGE, Destination, Memory
 from tests.harness.page_serving import Serving
@@ -196,7 +196,7 @@ def data_offset(path: Path) -> int:
 def test_damaged_page_is_named_and_never_sent_and_a_repaired_one_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_RETRY", 0.05)
+    monkeypatch.setattr(module, "RETRY", 0.05)
     path = tmp_path / "a"
     content = save_known(path, seal="xxh3-128")
     bit = (data_offset(path) + PIECE + 100) * 8

@@ -15,7 +15,8 @@ import zstandard
 from pyqmigrate import compact, convert, save, seal
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.page_server.server import PageServer, ServerOptions
+from pyqmigrate.page_server.options import ServerOptions
+from pyqmigrate.page_server.server import PageServer
 from pyqmigrate.page_server.serving import ServeRequest
 from pyqmigrate.page_server.sources import open_source
 from pyqmigrate.snapshot.save.mapped_ram import Writer

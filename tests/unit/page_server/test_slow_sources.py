@@ -14,10 +14,10 @@ import pytest
 
 from pyqmigrate import RamBlock, save
 from pyqmigrate.errors import TargetError
-from pyqmigrate.page_server import server as module
+from pyqmigrate.page_server import withheld as module
 from pyqmigrate.page_server import serving
 from pyqmigrate.page_server.opened import MappedRamSource
-from pyqmigrate.page_server.server import Ending
+from pyqmigrate.page_server.options import Ending, Push
 from pyqmigrate.page_server.serving import ServeRequest
 from pyqmigrate.page_server.sources import PageSource, open_source
 from tests.harness.lazy_destination import PAGE, Destination, Memory
@@ -67,7 +67,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> type[SlowSource]:
 def serve(tmp_path: Path, memory: Memory, push: str = "idle") -> tuple[Serving, Destination]:
     ours, theirs = socket.socketpair()
     destination = Destination(theirs, memory).start()
-    request = ServeRequest(str(tmp_path / "a"), push=module.Push(push))
+    request = ServeRequest(str(tmp_path / "a"), push=Push(push))
     return Serving(request, ours), destination
 
 
@@ -115,7 +115,7 @@ def test_request_does_not_wait_for_reads_ahead(
 def test_reads_that_fail_for_a_while_are_named_and_repeated(
     tmp_path: Path, content: bytes, slow: type[SlowSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_RETRY", 0.05)
+    monkeypatch.setattr(module, "RETRY", 0.05)
     slow.seconds = 0.0
     broken_until = time.monotonic() + 0.3
 

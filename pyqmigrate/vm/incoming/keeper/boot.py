@@ -7,12 +7,11 @@ processes.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 
-from pyqmigrate.vm.incoming.keeper.server import ServerProgram
-
-__all__ = ["SERVER", "main"]
+__all__ = ["SERVER", "keep", "main"]
 
 SERVER = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -22,16 +21,36 @@ SERVER = (
 
 def main() -> None:
     """Keep the restore whose parent is standard input."""
-    kind, paths = sys.argv[2], sys.argv[4:]
-    first = ServerProgram.fork(lambda: _serve(kind, paths))
+    keep(sys.argv[1:])
+
+
+def keep(words: list[str]) -> None:
+    """As :func:`main`, with the arguments ``words``. This process must have a single thread."""
+    ours, theirs = socket.socketpair()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        _become_server(theirs.fileno(), writer, words)
+    theirs.close()
+    os.close(writer)
     from pyqmigrate.vm.incoming.keeper.keeper import Keeper, ignore_signals
+    from pyqmigrate.vm.incoming.keeper.server import ServerProcess, ServerProgram
 
     ignore_signals()
-    command = [sys.executable, "-I", "-S", "-c", SERVER, *sys.argv[1:]]
+    command = [sys.executable, "-I", "-S", "-c", SERVER, *words]
+    first = ServerProcess(pid, ours, reader)
     Keeper(socket.socket(fileno=0), ServerProgram(command), first).run()
 
 
-def _serve(kind: str, paths: list[str]) -> None:
-    from pyqmigrate.vm.incoming.keeper.preloaded import serve
+def _become_server(control: int, errors: int, words: list[str]) -> None:
+    """Serve, with the control channel as standard input. Ends the process."""
+    try:
+        os.setsid()
+        os.dup2(control, 0)
+        os.dup2(errors, 2)
+        os.closerange(3, max(control, errors) + 1)  # the keeper's
+        from pyqmigrate.vm.incoming.keeper.preloaded import serve
 
-    serve(kind, paths)
+        serve(words[1], words[3:])
+    finally:
+        os._exit(1)

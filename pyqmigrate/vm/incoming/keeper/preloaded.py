@@ -23,7 +23,7 @@ _FDS_MAX = 16
 
 
 def main() -> None:
-    """Serve; the arguments are the kind of the source, and the import path."""
+    """Serve; the arguments are those of :mod:`pyqmigrate.vm.incoming.keeper.boot`."""
     serve(sys.argv[2], sys.argv[4:])
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pyqmigrate.vm.incoming.keeper.lines import Lines
@@ -83,49 +82,21 @@ class ServerProgram(NamedTuple):
 
     def spawn(self) -> ServerProcess:
         """Start one that waits for what to serve. Raises OSError."""
-        return _with_channel(self._spawn)
-
-    def _spawn(self, control: int, errors: int) -> int:
+        ours, theirs = socket.socketpair()
+        reader, writer = os.pipe()
         actions = [
-            (os.POSIX_SPAWN_DUP2, control, 0),
+            (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
             (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-            (os.POSIX_SPAWN_DUP2, errors, 2),
+            (os.POSIX_SPAWN_DUP2, writer, 2),
         ]
-        return os.posix_spawn(
-            self.command[0], list(self.command), os.environ, file_actions=actions, setsid=True
-        )
-
-    @staticmethod
-    def fork(run: Callable[[], None]) -> ServerProcess:
-        """Fork one that calls ``run``, and ends with it. This process must have a single thread."""
-
-        def start(control: int, errors: int) -> int:
-            pid = os.fork()
-            if not pid:
-                try:
-                    os.setsid()
-                    os.dup2(control, 0)
-                    os.dup2(errors, 2)
-                    os.closerange(3, max(control, errors) + 2)  # all that are open
-                    run()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(1)
-            return pid
-
-        return _with_channel(start)
-
-
-def _with_channel(start: Callable[[int, int], int]) -> ServerProcess:
-    ours, theirs = socket.socketpair()
-    reader, writer = os.pipe()
-    try:
-        with theirs:
-            pid = start(theirs.fileno(), writer)
-    except BaseException:
-        ours.close()
-        os.close(reader)
-        raise
-    finally:
-        os.close(writer)
-    return ServerProcess(pid, ours, reader)
+        words = list(self.command)
+        try:
+            pid = os.posix_spawn(words[0], words, os.environ, file_actions=actions, setsid=True)
+        except BaseException:
+            ours.close()
+            os.close(reader)
+            raise
+        finally:
+            theirs.close()
+            os.close(writer)
+        return ServerProcess(pid, ours, reader)
