@@ -221,6 +221,8 @@ def test_guest_whose_keeper_and_server_were_killed_is_resumed_by_hand(
             vm.lazy.process.kill()
             with pytest.raises(QemuError, match="keeper"):
                 await vm.lazy.completed()
+            with pytest.raises(QemuError, match="page-server --resume"):
+                await wait_for_memory(vm.process.pid)
             os.kill(server, signal.SIGKILL)
             async with asyncio.timeout(PATIENCE):
                 while (await vm.monitor.execute("query-migrate"))["status"] != "postcopy-paused":
@@ -235,6 +237,7 @@ def test_guest_whose_keeper_and_server_were_killed_is_resumed_by_hand(
                 timeout=PATIENCE,
             )
             assert done.returncode == 0, done.stderr
+            assert (await wait_for_memory(vm.process.pid)).state == "completed"
             memory = await memory_of(vm.monitor, vm.process.pid)
             assert_same_memory(memory["pc.ram"], saved.memory["pc.ram"])
             await vm.monitor.execute("cont")
