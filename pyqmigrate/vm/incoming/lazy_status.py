@@ -42,7 +42,8 @@ async def wait_for_memory(
     progress: called with each state.
 
     If no lazy restore of the process is under way, its memory is complete, and a state says so. Raises
-    QemuGone if the process does not exist or ends, QemuError if the restore fails or its keeper was killed; UsageError if there is
+    QemuGone if the process does not exist or ends, QemuError if the restore fails or its keeper was killed;
+    UsageError if there is
     nothing to ``resume``, and the errors of opening the copy.
     """
     copy = None if resume is None else await asyncio.to_thread(_checked_copy, resume)
