@@ -18,7 +18,8 @@
 #define BATCH 256u       /* records of one sendmsg, at most */
 #define RECEIVED ((size_t)1 << 14)
 #define READ_MAX ((size_t)64 << 10) /* bytes that are read here for an answer */
-#define HEADER 4u                   /* u16 type, u16 length */
+#define UNIT 4096u
+#define HEADER 4u /* u16 type, u16 length */
 #define REQUEST_NAMED 3u
 #define REQUEST_SAME 4u
 #define RANGE 12u /* u64 offset, u32 length */
@@ -253,6 +254,25 @@ static void begin(struct sending *s, struct qm_served_block *b, uint64_t first, 
     };
 }
 
+/* Read pages of a file; -EBADMSG for what cannot be compared, or differs. */
+static int read_pages(const struct qm_served_block *b, uint64_t first, size_t len,
+                      unsigned char *bytes)
+{
+    uint64_t at = (uint64_t)b->pages_offset + first * b->page_size;
+    unsigned char found[READ_MAX / UNIT * QM_DIGEST];
+    if (b->checked &&
+        next_clear(b->checked, at / QM_PIECE, (at + len - 1) / QM_PIECE + 1) * QM_PIECE < at + len)
+        return -EBADMSG;
+    int rc = qm_read_all(b->fd, bytes, len, at);
+    if (rc || !b->checked)
+        return rc;
+    rc = qm_digest_bytes(bytes, len / UNIT, UNIT, found);
+    if (rc)
+        return rc;
+    size_t size = len / UNIT * QM_DIGEST;
+    return memcmp(found, b->digests + at / UNIT * QM_DIGEST, size) ? -EBADMSG : 0;
+}
+
 /* Answer a request with pages that can be read here. Returns 0 if they cannot. */
 static int answer(struct qm_postcopy *p, struct qm_served_block *b, uint64_t first, uint64_t npages,
                   int64_t since)
@@ -265,7 +285,7 @@ static int answer(struct qm_postcopy *p, struct qm_served_block *b, uint64_t fir
             return 0;
         if (!p->own && !(p->own = malloc(READ_MAX)))
             return 0;
-        if (qm_read_all(b->fd, p->own, len, (uint64_t)b->pages_offset + first * b->page_size))
+        if (read_pages(b, first, len, p->own))
             return 0;
     }
     begin(&p->answer, b, first, npages, p->own, 1, since);

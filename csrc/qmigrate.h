@@ -861,7 +861,10 @@ void qm_xor(void *bytes, const void *other, size_t len);
  *   pending          pages with data that have to be sent, `left` in number
  *   sent             pages that were sent. A page is marked before it is sent.
  *   total            is added to: pages that were sent, zero pages included
- *   fd, pages_offset a file with the pages, page 0 at pages_offset; -1: the caller reads them */
+ *   fd, pages_offset a file with the pages, page 0 at pages_offset; -1: the caller reads them
+ *   digests, checked NULL, or what pages of the file are compared with: the xxh3-128 of each unit of
+ *                    4096 bytes of the file, and which MiB of it have theirs. pages_offset and
+ *                    page_size are multiples of 4096 then. */
 struct qm_served_block {
     const unsigned char *name;
     uint8_t name_len;
@@ -875,6 +878,8 @@ struct qm_served_block {
     uint64_t total;
     int fd;
     int64_t pages_offset;
+    const unsigned char *digests;
+    const uint64_t *checked;
 };
 
 /* The source's side of one connection after another. One thread at a time uses it. */
@@ -947,7 +952,7 @@ struct qm_serving {
 
 /* Answer requests, and send pages in between, until something happens that the caller has to know.
  * Requests for pages that were sent need no answer; those for zero pages, and for pages of a file that
- * can be read, are answered here. Returns 0, or -errno when the connection has ended. */
+ * can be read and fit their digests, are answered here. Returns 0, or -errno when the connection has ended. */
 int qm_postcopy_serve(qm_postcopy *postcopy, struct qm_serving *serving);
 
 /* Take the bytes of QM_MESSAGE: at most `len`. Returns how many. */

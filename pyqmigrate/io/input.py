@@ -120,7 +120,7 @@ class InputFile:
     """A file or block device that is open for reading, a :class:`Source`.
 
     A snapshot of a store (``STORE#NAME``) and a compact file are opened through a view, for which
-    ``cache`` and ``record`` are (:class:`~pyqmigrate.io.view.ViewOptions`).
+    ``cache``, ``record`` and ``pages`` are (:class:`~pyqmigrate.io.view.ViewOptions`).
     ``is_duplicate`` says that ``fd`` shares the caller's open file description, with its position
     and its locks. Raises TargetError when it cannot be opened, UsageError for descriptors that do
     not fit, and for a snapshot of a store what :func:`pyqmigrate.io.view.open_view` raises.
@@ -129,11 +129,13 @@ class InputFile:
     forward = False
     run_out = None
 
-    def __init__(self, target: Target, *, cache: Path | None = None, record: bool = False) -> None:
+    def __init__(
+        self, target: Target, *, cache: Path | None = None, record: bool = False, pages: bool = True
+    ) -> None:
         self.name, self.offset = split_target(target)
         self.fd = -1
         self.view: SharedView | None = None
-        self._view_options = (cache, record)
+        self._view_options = (cache, record, pages)
         self._given_direct: int | None = None
         self._borrowed = isinstance(target, Descriptors)
         self.place = None if self._borrowed else absolute(self.name)

@@ -23,8 +23,9 @@ import pyqmigrate._core as _core
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Data
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.checked_pages import UNIT, CheckedPages
 
-__all__ = ["Events", "PageSending", "Requested", "SentBlock"]
+__all__ = ["Events", "PageSending", "PagesInFile", "Requested", "SentBlock"]
 
 _RECEIVED = 1 << 14
 
@@ -50,10 +51,19 @@ class Events:
 
 
 @dataclass(frozen=True)
+class PagesInFile:
+    """Where the pages of a block are in a file that the core may read: its descriptor, the position of page
+    0, and, if they have to be compared, with what. All is borrowed."""
+
+    fd: int
+    pages_offset: int
+    checked: CheckedPages | None = None
+
+
+@dataclass(frozen=True)
 class SentBlock:
     """A block: its name, page size in bytes, how many pages are one of the destination, its bitmaps
-    (``struct qm_served_block``), which are borrowed, and where its pages are in a file, if the core may
-    read them: descriptor and position."""
+    (``struct qm_served_block``), which are borrowed, and where its pages are."""
 
     name: str
     page_size: int
@@ -61,7 +71,7 @@ class SentBlock:
     data: Bitmap
     pending: Bitmap
     sent: Bitmap
-    place: tuple[int, int] | None = None
+    place: PagesInFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +114,16 @@ class PageSending:
             block.data.npages,
         )
         core.data, core.pending, core.sent = block.data.core, block.pending.core, block.sent.core
-        core.fd, core.pages_offset = (-1, 0) if block.place is None else block.place
+        place = block.place
+        core.fd = -1
+        if place is None:
+            return
+        core.pages_offset = place.pages_offset
+        if place.checked is None:
+            core.fd = place.fd
+        elif place.pages_offset % UNIT == 0 and block.page_size % UNIT == 0:
+            core.fd = place.fd
+            core.digests, core.checked = place.checked.table.core, place.checked.pieces.core
 
     def connect(self, connection: socket.socket) -> None:
         """Go over to a new connection, which is borrowed; its bitmaps may have been changed."""

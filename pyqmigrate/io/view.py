@@ -54,11 +54,12 @@ class ViewOptions(NamedTuple):
     """How a view is made.
 
     ``cache`` is the directory of packs of a remote store, None for the default one. ``record``: what is
-    read of the file is noted.
+    read of the file is noted. Without ``pages``, those of a snapshot of a store need not be there.
     """
 
     cache: Path | None = None
     record: bool = False
+    pages: bool = True
 
 
 class View(Protocol):
@@ -149,6 +150,11 @@ class SharedView:
     def path(self) -> Path:
         """The absolute path of the file."""
         return self.view.path
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is of a snapshot of a store, not of a compact file."""
+        return self._key[1] is not None
 
     def explain(self, error: TargetError) -> TargetError:
         """Return an error of the system with the reason, if the view knows one: the kernel only says

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyqmigrate.errors import UsageError
+from pyqmigrate.format.snapshot_companion import LINE_MAX
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.working_set import SUFFIX, WORKING_SET, WorkingSet, WorkingSetLine
@@ -26,15 +27,20 @@ from pyqmigrate.io.companion_file import (
 from pyqmigrate.io.own_files import FileKind, check_replaceable
 
 __all__ = [
+    "IN_STORE",
     "WORKING_SET_FILE",
     "RecordedWorkingSet",
     "check_working_set_place",
+    "current",
+    "decode_working_set",
+    "encode_working_set",
     "read_current_working_set",
     "read_working_set",
     "working_set_path",
     "write_working_set",
 ]
 
+IN_STORE = "#"  # instead of a path: where the store of the snapshot keeps it
 WORKING_SET_FILE = FileKind(WORKING_SET.noun, WORKING_SET.is_ours)
 
 
@@ -77,6 +83,21 @@ def write_working_set(
     write_companion(place, WORKING_SET_FILE, line, [working_set.encode()], sync_name=sync_name)
 
 
+def encode_working_set(
+    snapshot: SnapshotId, blocks: Sequence[BlockSpec], working_set: WorkingSet, seconds: float
+) -> bytes:
+    """Return the content of such a file. Raises UsageError for runs outside of the blocks."""
+    line = WorkingSetLine.of(snapshot, blocks, len(working_set), seconds).encode(working_set)
+    return line + working_set.encode()
+
+
+def decode_working_set(content: bytes) -> RecordedWorkingSet:
+    """Return what such a file contains. Raises SnapshotError if it is not a whole one."""
+    line = WorkingSetLine.decode(content[:LINE_MAX])
+    working_set = line.decode_runs(content[line.line.length :])
+    return RecordedWorkingSet(line.snapshot, line.blocks, working_set, line.seconds)
+
+
 def read_current_working_set(path: Path | str, snapshot: SnapshotId) -> RecordedWorkingSet:
     """Return the working set stored in ``path``, of ``snapshot`` as it is now.
 
@@ -85,6 +106,11 @@ def read_current_working_set(path: Path | str, snapshot: SnapshotId) -> Recorded
     recorded = read_working_set(Path(path))
     if recorded is None:
         raise UsageError("it does not exist")
+    return current(recorded, snapshot)
+
+
+def current(recorded: RecordedWorkingSet, snapshot: SnapshotId) -> RecordedWorkingSet:
+    """Return a working set. Raises UsageError if it is not of ``snapshot`` as it is now."""
     difference = recorded.snapshot.differs_from(snapshot)
     if difference is not None:
         raise UsageError(f"it is not of this snapshot: {difference}")

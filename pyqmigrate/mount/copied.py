@@ -25,13 +25,16 @@ _DIRECTORY = "/var/tmp"  # /tmp may be memory
 class CopiedView:
     """A copy of ``file`` under ``name``, a :class:`~pyqmigrate.io.view.View`.
 
-    ``file`` is borrowed for the call. Raises TargetError if it cannot be read, or not be copied
+    ``file`` is borrowed for the call. ``ranges`` is what is copied, each a start and an end, in order; None
+    is all of it. Raises TargetError if it cannot be read, or not be copied
     (NoSpace), SnapshotTruncated if it ends early.
     """
 
     pushes = False
 
-    def __init__(self, file: PlainFile, name: str) -> None:
+    def __init__(
+        self, file: PlainFile, name: str, ranges: Iterable[tuple[int, int]] | None = None
+    ) -> None:
         parent = os.environ.get("TMPDIR") or _DIRECTORY
         try:
             self._directory = tempfile.mkdtemp(prefix="pyqmigrate-", dir=parent)
@@ -40,7 +43,7 @@ class CopiedView:
         atexit.register(self.close)
         self.path = Path(self._directory, name)
         try:
-            _copy(file, self.path)
+            _copy(file, self.path, [(0, file.size)] if ranges is None else ranges)
         except BaseException:
             self.close()
             raise
@@ -71,12 +74,13 @@ class CopiedView:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _copy(file: PlainFile, path: Path) -> None:
+def _copy(file: PlainFile, path: Path, ranges: Iterable[tuple[int, int]]) -> None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, file.size)
-            _copy_data(file, fd)
+            for start, end in ranges:
+                _copy_data(file, fd, start, end)
             os.utime(fd, ns=(file.mtime_ns, file.mtime_ns))
         finally:
             os.close(fd)
@@ -88,10 +92,10 @@ def _copy(file: PlainFile, path: Path) -> None:
         raise target_error(error, "cannot write a copy of the snapshot", path) from error
 
 
-def _copy_data(file: PlainFile, fd: int) -> None:
-    offset = file.next_data(0)
-    while offset is not None:
-        end = file.next_hole(offset)
+def _copy_data(file: PlainFile, fd: int, start: int, stop: int) -> None:
+    offset = file.next_data(start)
+    while offset is not None and offset < stop:
+        end = min(file.next_hole(offset), stop)
         while offset < end:
             data = memoryview(file.read(offset, min(_PIECE, end - offset)))
             if not data:

@@ -33,6 +33,10 @@ def make_view(place: str, name: str | None, options: ViewOptions) -> View:
     UsageError for what is not a store and for a name that no snapshot has, NotSupported without the
     libraries for it.
     """
+    if name is not None and not options.pages:
+        from pyqmigrate.mount.heads import open_heads
+
+        return open_heads(place, name, os.fspath(options.cache or ""))
     try:
         return MountedView(place, name, options)
     except NotSupported as error:

@@ -6,7 +6,7 @@ import contextlib
 
 from pyqmigrate.format.postcopy.stream import PostcopyBlock
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.page_sending import SentBlock
+from pyqmigrate.io.page_sending import PagesInFile, SentBlock
 
 __all__ = ["ServedBlock"]
 
@@ -41,14 +41,14 @@ class ServedBlock:
         self.pending.add(self._data)  # what was sent need not have arrived
         self.pending.remove(self.sent)
 
-    def for_sending(self, place: tuple[int, int] | None) -> SentBlock:
+    def for_sending(self, place: PagesInFile | None) -> SentBlock:
         """Return the block for the core, which borrows the bitmaps; ``place`` is where its pages are in a
         file, if the core may read them."""
         return SentBlock(
             self.name, self.page_size, self.together, self._data, self.pending, self.sent, place
         )
 
-    def next_window(self, start: int, longest: int) -> tuple[int, int] | None:
+    def next_window(self, start: int, longest: int) -> PagesInFile | None:
         """Return the next pages whose first and last are pending, from ``start`` on, or one of the
         destination; None if there are none. They do not go past a multiple of ``longest``."""
         if start >= self.npages:

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.postcopy.records import RecordData
+from pyqmigrate.format.seal import PIECE
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
 from pyqmigrate.integrity.manifest import Manifest, read_manifest
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.memory import SnapshotMemory
+from pyqmigrate.io.page_sending import PagesInFile
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.page_server.pieces import OpenFile, SealedFile
-from pyqmigrate.page_server.sources import PageSource, ReadAt, guest_state
+from pyqmigrate.page_server.sources import PageSource, guest_state
 from pyqmigrate.snapshot.base import Snapshot, error_from_errno
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.increment import IncrementSnapshot
@@ -57,7 +59,7 @@ def specs_of(snapshot: Snapshot) -> list[BlockSpec]:
 class Layer:
     """A block in a mapped-ram file; ``present`` are the pages that the file decides."""
 
-    file: ReadAt
+    file: OpenFile | SealedFile
     layout: BlockLayout
     present: Bitmap
 
@@ -73,16 +75,17 @@ class MappedRamSource(PageSource):
         self._snapshot = snapshot
         self.name = snapshot.source.name
         self.identity = _identity(snapshot)
-        top = snapshot.changes if isinstance(snapshot, IncrementSnapshot) else snapshot
-        file = _file_of(top, sealed=sealed)
-        self._layers = [[Layer(file, b.layout, b.bitmap)] for b in top.blocks.values()]
-        if isinstance(snapshot, IncrementSnapshot):
-            base = _file_of(snapshot.base, sealed=sealed)
-            for layers, name in zip(self._layers, top.blocks, strict=True):
-                block = snapshot.base.blocks[name]
-                layers.append(Layer(base, block.layout, block.bitmap))
         self._data: list[Bitmap] = []
+        self._files: list[SealedFile] = []
         try:
+            top = snapshot.changes if isinstance(snapshot, IncrementSnapshot) else snapshot
+            file = self._file_of(top, sealed=sealed)
+            self._layers = [[Layer(file, b.layout, b.bitmap)] for b in top.blocks.values()]
+            if isinstance(snapshot, IncrementSnapshot):
+                base = self._file_of(snapshot.base, sealed=sealed)
+                for layers, name in zip(self._layers, top.blocks, strict=True):
+                    block = snapshot.base.blocks[name]
+                    layers.append(Layer(base, block.layout, block.bitmap))
             for layers in self._layers:
                 data = Bitmap(layers[0].layout.num_pages)
                 self._data.append(data)
@@ -92,6 +95,27 @@ class MappedRamSource(PageSource):
         except BaseException:
             self._drop()
             raise
+
+    def _file_of(self, snapshot: MappedRamSnapshot, *, sealed: bool) -> OpenFile | SealedFile:
+        """Return the file of a snapshot, compared with its seal if it has one.
+
+        What was read already is compared here: headers, bitmaps, and what follows the pages.
+        """
+        source = snapshot.source
+        file = OpenFile(source.file_fd, source.name)
+        manifest = _seal_of(snapshot) if sealed else None
+        if manifest is None:
+            return file
+        self.window = PIECE // 4096
+        checked = SealedFile(file, source.file_size, manifest)
+        self._files.append(checked)
+        position = 0
+        for layout in snapshot.layouts:
+            checked.check(position, layout.header_end)
+            checked.check(layout.bitmap_offset, layout.bitmap_offset + (layout.num_pages + 7) // 8)
+            position = layout.pages_end
+        checked.check(min(position, source.file_size), source.file_size)
+        return checked
 
     def data(self, block: int) -> Bitmap:
         return self._data[block]
@@ -110,41 +134,25 @@ class MappedRamSource(PageSource):
             first = stop
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def place(self, block: int) -> tuple[int, int] | None:
+    def place(self, block: int) -> PagesInFile | None:
         layers = self._layers[block]
-        file = layers[0].file
-        if self.readers or len(layers) > 1 or not isinstance(file, OpenFile):
+        if self.readers or len(layers) > 1:
             return None
-        return file.fd, layers[0].layout.pages_offset
+        file, offset = layers[0].file, layers[0].layout.pages_offset
+        if isinstance(file, SealedFile):
+            return PagesInFile(file.file.fd, offset, file.checked)
+        return PagesInFile(file.fd, offset)
 
     def _drop(self) -> None:
         for bitmap in self._data:
             bitmap.close()
-        self._data = []
+        for file in self._files:
+            file.close()
+        self._data, self._files = [], []
 
     def close(self) -> None:
         self._drop()
         self._snapshot.close()
-
-
-def _file_of(snapshot: MappedRamSnapshot, *, sealed: bool) -> ReadAt:
-    """Return the file of a snapshot, compared with its seal if it has one.
-
-    What was read already is compared here: headers, bitmaps, and what follows the pages.
-    """
-    source = snapshot.source
-    file = OpenFile(source.file_fd, source.name)
-    manifest = _seal_of(snapshot) if sealed else None
-    if manifest is None:
-        return file
-    checked = SealedFile(file, source.file_size, manifest)
-    position = 0
-    for layout in snapshot.layouts:
-        checked.check(position, layout.header_end)
-        checked.check(layout.bitmap_offset, layout.bitmap_offset + (layout.num_pages + 7) // 8)
-        position = layout.pages_end
-    checked.check(min(position, source.file_size), source.file_size)
-    return checked
 
 
 def _identity(snapshot: Snapshot) -> SnapshotId:

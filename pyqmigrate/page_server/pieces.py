@@ -1,24 +1,25 @@
 """A file that is compared with its seal while it is read: nothing that does not fit gets out.
 
-A seal has a digest for each MiB. A MiB is read and compared as a whole, and kept for the reads that follow.
+A seal has a digest for each MiB. A MiB is read and compared as a whole when the first bytes of it are read;
+later reads of it are compared page by page (:mod:`pyqmigrate.io.checked_pages`).
 """
 
 from __future__ import annotations
 
-import collections
 import os
-import threading
+import time
 
 from pyqmigrate.errors import SnapshotError, SnapshotTruncated, target_error
 from pyqmigrate.format.digest import DIGEST_SIZE, digester
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.seal import PIECE
 from pyqmigrate.integrity.manifest import Manifest
+from pyqmigrate.io.checked_pages import UNIT, CheckedPages
 from pyqmigrate.page_server.sources import ReadAt
 
 __all__ = ["OpenFile", "SealedFile"]
 
-_KEPT = 64  # MiB of a file that stay in memory
+_BAD_FOR = 0.02  # seconds for which a MiB that does not fit is not read again
 
 
 class OpenFile(ReadAt):
@@ -46,7 +47,10 @@ class OpenFile(ReadAt):
 
 
 class SealedFile(ReadAt):
-    """A file and its seal. Raises SnapshotError if they have different sizes."""
+    """A file and its seal; for one thread. Close it.
+
+    Raises SnapshotError if they have different sizes. ``file`` is borrowed.
+    """
 
     def __init__(self, file: OpenFile, size: int, manifest: Manifest) -> None:
         if manifest.size != size:
@@ -55,41 +59,63 @@ class SealedFile(ReadAt):
                 "verify it, and remove the seal if the file is right"
             )
         self.name = file.name
-        self._file = file
+        self.file = file
         self._size = size
         self._manifest = manifest
         self._digest = digester(manifest.algorithm)
-        self._lock = threading.Lock()
-        self._pieces: collections.OrderedDict[int, bytes] = collections.OrderedDict()
+        self.checked = CheckedPages(size)
+        self._bad: tuple[int, float] = (-1, 0.0)
 
     def read_at(self, offset: int, length: int) -> RecordData:
-        first, last = offset // PIECE, (offset + length - 1) // PIECE
+        end = offset + length
+        first, last = offset // PIECE, (end - 1) // PIECE
         if first == last:
-            start = offset - first * PIECE
-            return memoryview(self._piece(first))[start : start + length]
-        whole = b"".join(self._piece(number) for number in range(first, last + 1))
-        return memoryview(whole)[offset - first * PIECE :][:length]
+            return self._part(first, offset, end)
+        return b"".join(
+            self._part(number, max(offset, number * PIECE), min(end, (number + 1) * PIECE))
+            for number in range(first, last + 1)
+        )
 
     def check(self, offset: int, end: int) -> None:
         """Compare the bytes ``[offset, end)`` with the seal."""
         for number in range(offset // PIECE, -(-end // PIECE)):
             self._piece(number)
 
+    def close(self) -> None:
+        """Free the memory. Idempotent."""
+        self.checked.close()
+
+    def _part(self, number: int, offset: int, end: int) -> RecordData:
+        """Return bytes ``[offset, end)``, all of MiB ``number``."""
+        if not self.checked.pieces[number]:
+            data = self._piece(number)
+            # Of what is read as a whole, little is read again.
+            if end - offset < PIECE // 2:
+                self.checked.enter(number, data)
+            return memoryview(data)[offset - number * PIECE : end - number * PIECE]
+        start = offset - offset % UNIT
+        stop = min(-(-end // UNIT) * UNIT, self._size)
+        data = self.file.read_at(start, stop - start)
+        if not self.checked.fits(start, data):
+            self.checked.forget(number)
+            raise self._damage(number)
+        return memoryview(data)[offset - start : end - start]
+
     def _piece(self, number: int) -> bytes:
-        with self._lock:
-            data = self._pieces.get(number)
-            if data is not None:
-                self._pieces.move_to_end(number)
-                return data
+        """Return MiB ``number``, compared with the seal."""
+        bad, until = self._bad
+        if number == bad and time.monotonic() < until:
+            raise self._damage(number)
         start = number * PIECE
-        data = self._file.read_at(start, min(PIECE, self._size - start))
+        data = self.file.read_at(start, min(PIECE, self._size - start))
         expected = self._manifest.digests[number * DIGEST_SIZE : (number + 1) * DIGEST_SIZE]
         if self._digest(data) != bytes(expected):
-            raise SnapshotError(
-                f"{self.name!r} is not as it was sealed, in its MiB {number}", offset=start
-            )
-        with self._lock:
-            self._pieces[number] = data
-            while len(self._pieces) > _KEPT:
-                self._pieces.popitem(last=False)
+            # Each of its pages will be asked for in turn.
+            self._bad = (number, time.monotonic() + _BAD_FOR)
+            raise self._damage(number)
         return data
+
+    def _damage(self, number: int) -> SnapshotError:
+        return SnapshotError(
+            f"{self.name!r} is not as it was sealed, in its MiB {number}", offset=number * PIECE
+        )

@@ -18,7 +18,11 @@ from pyqmigrate.errors import QemuGone, SnapshotError, UsageError
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.own_files import check_replaceable
 from pyqmigrate.io.working_set_file import (
+    IN_STORE,
     WORKING_SET_FILE,
+    current,
+    decode_working_set,
+    encode_working_set,
     read_current_working_set,
     write_working_set,
 )
@@ -39,6 +43,7 @@ class ServeRequest:
     host_pages: page size in bytes of the destination's memory by block, for blocks in hugetlbfs.
     resume: the first connection replaces a broken one.
     working_set: a file with the pages to push first; record: where to write the pages that were asked for.
+        IN_STORE is what the store of the snapshot keeps.
     sealed: whether the snapshot is compared with its seal.
     wait: whether the parent has to say ``begin`` first, with the ``host_pages``.
     expect: the digest of the state that the snapshot has to have (``GuestState.digest``), or None. An
@@ -81,7 +86,10 @@ def serve(
     with contextlib.ExitStack() as stack:
         if not callable(connection):
             stack.enter_context(connection)
-        place = None if request.record is None else Path(os.path.abspath(request.record))
+        recording = request.record is not None
+        place = None
+        if request.record not in (None, IN_STORE):
+            place = Path(os.path.abspath(request.record))
         if place is not None:
             check_replaceable(place, WORKING_SET_FILE)
         source = stack.enter_context(
@@ -99,9 +107,10 @@ def serve(
                 f"{source.name!r} is not a copy of the snapshot that the guest was restored from"
             )
         report({"event": "opened", "state": state})
-        options = ServerOptions(
-            Push(request.push), _working_set(source, request.working_set), place is not None
-        )
+        working_set = _working_set(source, request.working_set)
+        if working_set:
+            source.prefetch(working_set)  # while the destination starts
+        options = ServerOptions(Push(request.push), working_set, recording)
         host_pages = request.host_pages
         if request.wait and control is not None:
             host_pages = _await_begin(control)
@@ -111,7 +120,7 @@ def serve(
         accepted = connection() if callable(connection) else connection
         service = _Service(server, report, control, confirm_end=request.confirm_end)
         ending = service.run(accepted, resume=request.resume)
-        if place is not None:
+        if recording:
             _record(source, server, place, time.monotonic() - started)
         return ending
 
@@ -225,16 +234,23 @@ class _Service:
 def _working_set(source: PageSource, path: str | None) -> list[TouchedRun]:
     if path is None:
         return []
+    shown = "of the store" if path == IN_STORE else repr(path)
     try:
-        recorded = read_current_working_set(path, source.identity)
+        if path == IN_STORE:
+            recorded = current(decode_working_set(source.working_set()), source.identity)
+        else:
+            recorded = read_current_working_set(path, source.identity)
     except UsageError as error:
-        raise UsageError(f"the working set {path!r} cannot be used: {error}") from error
+        raise UsageError(f"the working set {shown} cannot be used: {error}") from error
     if recorded.blocks != source.state.blocks:
-        raise UsageError(f"the working set {path!r} is of other RAM blocks")
+        raise UsageError(f"the working set {shown} is of other RAM blocks")
     return list(recorded.working_set)
 
 
-def _record(source: PageSource, server: PageServer, place: Path, seconds: float) -> None:
-    write_working_set(
-        place, source.identity, source.state.blocks, WorkingSet(server.touched()), seconds=seconds
-    )
+def _record(source: PageSource, server: PageServer, place: Path | None, seconds: float) -> None:
+    """Write the recorded working set to ``place``; None is the store of the snapshot."""
+    arguments = (source.identity, source.state.blocks, WorkingSet(server.touched()))
+    if place is None:
+        source.write_working_set(encode_working_set(*arguments, seconds))
+    else:
+        write_working_set(place, *arguments, seconds=seconds)

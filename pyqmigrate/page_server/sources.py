@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.postcopy.stream import PACKAGE_MAX
 from pyqmigrate.format.snapshot_id import SnapshotId
@@ -28,7 +28,9 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_SECTION_ID
+from pyqmigrate.format.working_set import TouchedRun
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.page_sending import PagesInFile
 from pyqmigrate.io.view import names_stored
 
 __all__ = ["GuestState", "PageSource", "ReadAt", "guest_state", "open_source"]
@@ -85,10 +87,24 @@ class PageSource(abc.ABC):
         the file, the caller adds block and pages.
         """
 
-    def place(self, block: int) -> tuple[int, int] | None:
-        """Return where the pages of a block are in a plain file, of which nothing has to be compared:
-        its descriptor, which is borrowed, and the position of page 0. None if they are not."""
+    def place(self, block: int) -> PagesInFile | None:
+        """Return where the pages of a block are in one plain file; None if they are not."""
         return None
+
+    def prefetch(self, runs: Sequence[TouchedRun]) -> None:
+        """Have pages ready that will be read soon, in this order. Returns at once, and raises nothing."""
+        return  # where reads are quick
+
+    def working_set(self) -> bytes:
+        """Return the working set that the store of the snapshot keeps; empty if it has none.
+
+        Raises UsageError for a snapshot that is not in a store, TargetError.
+        """
+        raise UsageError(f"{self.name!r} is not in a store, which would keep its working set")
+
+    def write_working_set(self, content: bytes) -> None:
+        """Have the store keep a working set. Raises as :meth:`working_set`."""
+        self.working_set()
 
     @abc.abstractmethod
     def close(self) -> None:

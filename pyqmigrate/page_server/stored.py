@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
 from array import array
+from collections.abc import Sequence
 
-from pyqmigrate.errors import NotSupported, TargetError
+from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.seal import SUFFIX as SEAL_SUFFIX
 from pyqmigrate.format.seal import SealLine
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
 from pyqmigrate.format.stream.mapped_ram_reader import parse
+from pyqmigrate.format.working_set import SUFFIX as WORKING_SET_SUFFIX
+from pyqmigrate.format.working_set import TouchedRun
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.threads import start_thread
 from pyqmigrate.page_server.sources import PageSource, ReadAt, guest_state
 from pyqmigrate.store.pack_cache import default_directory
 from pyqmigrate.store.store import Store
@@ -42,9 +47,13 @@ class StoredSource(PageSource):
         self.name = snapshot
         self._stack = contextlib.ExitStack()
         self._data: list[Bitmap] = []
+        self._stop = threading.Event()
+        self._prefetching: threading.Thread | None = None
         try:
             cache = (cache_directory or default_directory()) if "://" in place else None
-            store = self._stack.enter_context(Store.open(place, cache=cache, patience=patience))
+            store = self._store = self._stack.enter_context(
+                Store.open(place, cache=cache, patience=patience)
+            )
             self.name = f"{store.name}#{stored}"
             self.readers = _LOCAL_READERS if store.place.directory else _REMOTE_READERS
             self._file = _StoredBytes(self._stack.enter_context(store.open_file(stored)), self.name)
@@ -84,7 +93,34 @@ class StoredSource(PageSource):
         size = layout.page_size
         return self._file.view(layout.pages_offset + first * size, npages * size)
 
+    def prefetch(self, runs: Sequence[TouchedRun]) -> None:
+        ranges = []
+        for run in runs:
+            layout = self._blocks[run.block]
+            size = layout.page_size
+            ranges.append((layout.pages_offset + run.first * size, run.npages * size))
+        thread = threading.Thread(
+            target=self._prefetch, args=(ranges,), name="pyqmigrate-prefetch", daemon=True
+        )
+        with contextlib.suppress(TargetError):  # no thread: the pages are read when they are sent
+            start_thread(thread)
+            self._prefetching = thread
+
+    def _prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        with contextlib.suppress(PyqmigrateError, OSError):  # met again when the pages are sent
+            self._file.file.prefetch(ranges, workers=self.readers, stop=self._stop)
+
+    def working_set(self) -> bytes:
+        return bytes(self._file.file.companions.get(WORKING_SET_SUFFIX, b""))
+
+    def write_working_set(self, content: bytes) -> None:
+        self._store.write_working_set(self._file.file.name, content)
+
     def close(self) -> None:
+        self._stop.set()
+        if self._prefetching is not None:
+            self._prefetching.join()
+            self._prefetching = None
         for bitmap in self._data:
             bitmap.close()
         self._data = []

@@ -8,6 +8,7 @@ print(guest.seconds_to_walk())          # restored from a cold file, until all o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import struct
 import subprocess
@@ -39,7 +40,7 @@ class WalkingGuest:
     """Walks over ``working_set`` bytes of its memory; its snapshot is ``path``.
 
     They are in clusters of ``cluster`` pages, one in each ``spread`` pages. ``name`` is what it is
-    restored from: its snapshot, or another name of it.
+    restored from: its snapshot, or another name of it, in ``mode``.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class WalkingGuest:
         assert self.npages % _STRIDE, "the walk would not visit all pages"
         self.path = directory / "walking.mapped"
         self.name: str | Path = self.path
+        self.mode = "instant"
         constants = {
             "FIRST": f"{_FIRST}UL",
             "PAGES": f"{self.npages}UL",
@@ -102,7 +104,7 @@ class WalkingGuest:
         return await vm.restore(
             self.name,
             self.command,
-            mode="instant",
+            mode=self.mode,
             stdin=subprocess.DEVNULL,
             paused=False,
             **options,
@@ -125,10 +127,12 @@ class WalkingGuest:
         with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
 
             def progress() -> tuple[int, int]:
-                visited, wrong = struct.unpack(
-                    "<QQ", os.pread(memory.fileno(), 16, address + _PROGRESS)
-                )
-                return visited, wrong
+                while True:
+                    with contextlib.suppress(OSError):  # the page is missing, in mode lazy
+                        data = os.pread(memory.fileno(), 16, address + _PROGRESS)
+                        visited, wrong = struct.unpack("<QQ", data)
+                        return visited, wrong
+                    assert time.monotonic() < deadline, "the guest does not run"
 
             first, _ = progress()
             while progress()[0] < first + npages:

@@ -82,7 +82,8 @@ def test_the_keeper_of_a_lazy_restore_is_small():
         for name in loaded("import pyqmigrate.vm.incoming.keeper.keeper")
         if name.startswith("pyqmigrate.")
     }
-    keeper = ("keeper", "keeper.keeper", "keeper.lines", "keeper.monitor", "keeper.server")
+    parts = ("keeper", "clients", "lines", "loop", "monitor", "recovery", "server", "state")
+    keeper = ("keeper", *(f"keeper.{part}" for part in parts))
     allowed = named("errors", "vm", "vm.incoming", *(f"vm.incoming.{name}" for name in keeper))
     assert own <= allowed
     assert not {"asyncio", "cffi", "ctypes"} & loaded("import pyqmigrate.vm.incoming.keeper.keeper")
@@ -92,7 +93,9 @@ def test_a_restore_loads_nothing_of_a_lazy_one():
     lazy = named(
         "vm.incoming.lazy",
         "vm.incoming.lazy_checks",
+        "vm.incoming.lazy_keeper",
         "vm.incoming.lazy_process",
+        "vm.incoming.lazy_start",
         "vm.incoming.lazy_status",
         "vm.incoming.keeper",
     )

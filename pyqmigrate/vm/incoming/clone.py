@@ -109,7 +109,7 @@ async def _clone(
 
     try:
         async with await IncomingStreams.open(
-            snapshot, options.offset, options.base, options.cache
+            snapshot, options.offset, options.base, options.cache, pages=options.reads_pages
         ) as streams:
             await asyncio.to_thread(make_directory, directory)
             choosing = asyncio.to_thread(_choose, streams.source, command, count, options.disks)

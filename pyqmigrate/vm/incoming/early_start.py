@@ -220,7 +220,9 @@ def _start_lazy(
         undo.callback(keeper.end)
         from pyqmigrate.vm.incoming.lazy_start import LazyStart
 
-        source = RestoreSource(snapshot, options.offset, options.base, options.cache)
+        source = RestoreSource(
+            snapshot, options.offset, options.base, options.cache, pages=options.reads_pages
+        )
         undo.callback(source.close)
         chosen = choose_command(source, words, options.disks)
         undo.callback(chosen.discard)

@@ -89,13 +89,14 @@ async def configure(monitor: Commands, incoming: Incoming, *, presets: bool = Tr
         version = ".".join(map(str, monitor.version))
         raise NotSupported(f"a restore needs QEMU 9.1 or later; this is {version}")
     names = incoming.capabilities_on()
+    allowed = {"postcopy-blocktime"} if incoming.lazy else set()  # how long faults take
     states = _states(names, True)
     # The command line may switch on others (-global migration.x-...).
     set_before = await monitor.execute("query-migrate-capabilities") if presets else []
     preset = [
         entry["capability"]
         for entry in set_before
-        if entry["state"] and entry["capability"] in _CONFLICTING - set(names)
+        if entry["state"] and entry["capability"] in _CONFLICTING - set(names) - allowed
     ]
     states += _states(preset, False)
     if not states:

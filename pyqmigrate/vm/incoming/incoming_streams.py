@@ -32,10 +32,14 @@ class IncomingStreams:
         base: str | os.PathLike[str] | None = None,
         cache: Path | None = None,
         record: bool = False,
+        pages: bool = True,
     ) -> Self:
-        """Open a snapshot; raises SnapshotError, NotSupported or TargetError if it, or the base of
-        an increment, cannot be restored."""
-        opening = asyncio.to_thread(RestoreSource, snapshot, offset, base, cache, record)
+        """Open a snapshot, as :class:`~pyqmigrate.vm.incoming.source.RestoreSource` does.
+
+        Raises SnapshotError, NotSupported or TargetError if it, or the base of an increment, cannot be
+        restored.
+        """
+        opening = asyncio.to_thread(RestoreSource, snapshot, offset, base, cache, record, pages)
         return cls(await acquired(opening, RestoreSource.close))
 
     async def get(self, blocks: Sequence[str]) -> IncomingStream:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 
 from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.io.working_set_file import IN_STORE
 from pyqmigrate.vm.cancellation import shielded
 from pyqmigrate.vm.incoming.attempt import RestoreAttempt
 from pyqmigrate.vm.incoming.lazy_process import KeeperProcess
@@ -54,8 +55,7 @@ class LazyAttempt(RestoreAttempt):
             async with await self._wait_for_monitor(answered(started.qemu)) as qemu:
                 qemu.seconds = started.start_seconds
                 qemu.has_run = True
-                record = started.settings.record
-                recorder = None if record is None else LazyRecorder(keeper, record)
+                recorder = self._recorder(keeper, started.settings.record)
                 return await self._hand_over(
                     qemu,
                     started.command,
@@ -72,6 +72,13 @@ class LazyAttempt(RestoreAttempt):
             await shielded(keeper.close())
             await shielded(asyncio.to_thread(keeper.end))
             raise
+
+    def _recorder(self, keeper: KeeperProcess, record: str | None) -> LazyRecorder | None:
+        if record != IN_STORE:
+            return None if record is None else LazyRecorder(keeper, record)
+        view = self.source.view
+        assert view is not None
+        return LazyRecorder(keeper, view.view.check_recordable(), self.source.server_target)
 
     def _shall_run(self, state: str) -> bool:
         return False  # it was started so that it runs as soon as it is loaded, or stays paused

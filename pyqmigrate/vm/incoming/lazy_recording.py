@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 from pyqmigrate.errors import PyqmigrateError, UsageError
-from pyqmigrate.io.working_set_file import read_working_set
+from pyqmigrate.io.view import ViewOptions, open_view
+from pyqmigrate.io.working_set_file import RecordedWorkingSet, read_working_set, working_set_path
 from pyqmigrate.vm.incoming.lazy_process import KeeperProcess
 from pyqmigrate.vm.incoming.recording import WorkingSetReport
 
@@ -16,11 +18,13 @@ __all__ = ["LazyRecorder"]
 class LazyRecorder:
     """A recording into ``path``, which is written when the guest has all of its memory.
 
-    ``result`` is the report then. :meth:`stop` ends only the wait for it. Needs a running event loop.
+    ``stored`` is the snapshot ``STORE#NAME`` whose store keeps it, None for a file. ``result`` is the
+    report then. :meth:`stop` ends only the wait for it. Needs a running event loop.
     """
 
-    def __init__(self, keeper: KeeperProcess, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, keeper: KeeperProcess, path: str, stored: str | None = None) -> None:
+        self.path = path if stored is not None else Path(path)
+        self._stored = stored
         self._keeper = keeper
         self.result: asyncio.Future[WorkingSetReport] = asyncio.ensure_future(self._wait())
         self.result.add_done_callback(_retrieved)
@@ -49,7 +53,7 @@ class LazyRecorder:
                 raise PyqmigrateError(
                     "the page server was replaced, and what it had recorded is lost"
                 )
-            found = await asyncio.to_thread(read_working_set, self.path)
+            found = await asyncio.to_thread(self._read)
             if found is None:
                 raise PyqmigrateError("; ".join(state.warnings) or f"{self.path} was not written")
             return WorkingSetReport(self.path, found.working_set.npages, found.seconds, True)
@@ -57,6 +61,15 @@ class LazyRecorder:
             for wait in waits:
                 wait.cancel()
             await asyncio.wait(waits)
+
+    def _read(self) -> RecordedWorkingSet | None:
+        if self._stored is None:
+            return read_working_set(Path(self.path))
+        view = open_view(self._stored, ViewOptions(pages=False))
+        if view is None:
+            return None
+        with contextlib.closing(view):
+            return read_working_set(working_set_path(view.path))
 
 
 def _retrieved(result: asyncio.Future[WorkingSetReport]) -> None:

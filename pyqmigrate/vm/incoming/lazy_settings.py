@@ -7,6 +7,7 @@ import os
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.own_files import check_replaceable
 from pyqmigrate.io.working_set_file import (
+    IN_STORE,
     WORKING_SET_FILE,
     read_current_working_set,
     working_set_path,
@@ -51,10 +52,8 @@ def server_settings(
 def _record_beside(source: RestoreSource) -> str:
     """Return where the working set of a snapshot is written without ``--working-set``."""
     if source.view is not None:
-        raise UsageError(
-            f"the working set of {source.name!r} cannot be written beside it: give a file "
-            "(--working-set)"
-        )
+        place = source.view.view.check_recordable()
+        return IN_STORE if source.view.stored else place
     if source.place is None:
         raise UsageError("a working set is recorded beside a snapshot that is given by its path")
     path = working_set_path(source.place)
@@ -63,10 +62,12 @@ def _record_beside(source: RestoreSource) -> str:
 
 
 def _recorded(source: RestoreSource, notes: list[str]) -> str | None:
-    """Return the working set beside the snapshot, if there is one that can be used."""
-    if source.place is None or source.view is not None:
+    """Return the working set beside the snapshot, or in its store, if there is one that can be used."""
+    if source.place is None:
         return None
-    path = working_set_path(source.place)
+    stored = source.view is not None and source.view.stored
+    # A server reads that of a compact file beside it, and has its own view of it.
+    path = working_set_path(source.place if stored else source.server_target or source.place)
     if not os.path.lexists(path):
         return None
     try:
@@ -74,4 +75,4 @@ def _recorded(source: RestoreSource, notes: list[str]) -> str | None:
     except (OSError, ValueError) as error:
         notes.append(f"the recorded working set is not used: {error}")
         return None
-    return os.fspath(path)
+    return IN_STORE if stored else os.fspath(path)

@@ -98,6 +98,11 @@ class RestoreOptions(NamedTuple):
     huge_pages: bool = False
 
     @property
+    def reads_pages(self) -> bool:
+        """Whether the restore itself reads or maps pages of the snapshot."""
+        return self.mode is not Mode.LAZY
+
+    @property
     def may_be_lazy(self) -> bool:
         """Whether the mode allows a lazy restore."""
         return self.mode in (Mode.AUTO, Mode.LAZY)

@@ -66,7 +66,12 @@ async def restore_checked(
 ) -> RestoredVm:
     """As :func:`restore`, with checked options."""
     streams = await IncomingStreams.open(
-        snapshot, options.offset, options.base, options.cache, options.record is not None
+        snapshot,
+        options.offset,
+        options.base,
+        options.cache,
+        options.record is not None,
+        options.reads_pages,
     )
     return await _closing(streams, _restore(streams, command, options))
 

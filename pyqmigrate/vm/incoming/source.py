@@ -122,6 +122,8 @@ class RestoreSource:
         snapshot.
     cache: where the packs of a remote store are kept; None is the default directory.
     record: whether what is read of a snapshot of a store is noted, for a working set.
+    pages: whether pages are read, or mapped; of a snapshot of a store a lazy restore leaves them to its
+        page server.
     """
 
     def __init__(
@@ -131,11 +133,12 @@ class RestoreSource:
         base: str | os.PathLike[str] | None = None,
         cache: Path | None = None,
         record: bool = False,
+        pages: bool = True,
     ) -> None:
         self._target = target
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
-        self._input = InputFile(target, cache=cache, record=record)
+        self._input = InputFile(target, cache=cache, record=record, pages=pages)
         self.name, self.place = self._input.name, self._input.place
         self.view = self._input.view
         try:

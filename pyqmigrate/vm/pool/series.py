@@ -65,7 +65,9 @@ class GuestSeries:
         cls, snapshot: Target, words: Sequence[str] | None, directory: Path, options: RestoreOptions
     ) -> Self:
         """Open a snapshot; raises what the constructor raises, and the errors of opening it."""
-        streams = await IncomingStreams.open(snapshot, options.offset, options.base, options.cache)
+        streams = await IncomingStreams.open(
+            snapshot, options.offset, options.base, options.cache, pages=options.reads_pages
+        )
         try:
             return await asyncio.to_thread(cls, streams, words, directory, options)
         except BaseException:

@@ -133,14 +133,13 @@ class Keeper:
         monitor, source, *kept = self._parent.fds
         self._parent.fds = []
         self._kept = list(zip(setup["kept"], kept, strict=True))
-        self._monitor = KeeperMonitor(socket.socket(fileno=monitor), self._recoveries.refill)
+        self._monitor = KeeperMonitor(socket.socket(fileno=monitor))
         self._start_server(socket.socket(fileno=source), resume=False)
 
     def _take_monitor(self) -> None:
         if self._monitor is not None and not self._monitor_is_ours:
             self._monitor_is_ours = True
             self._recoveries.use(self._monitor)
-            self._monitor.take_over()
 
     def _begin(self, start: dict[str, Any]) -> None:
         self._start = start

@@ -38,7 +38,7 @@ class Recoveries:
     def refill(self) -> None:
         """Give QEMU connections for later recoveries."""
         monitor = self._monitor
-        if self._passing or monitor is None or not monitor.usable or len(self._spares) >= _SPARES:
+        if self._passing or monitor is None or len(self._spares) >= _SPARES:
             return
         ours, theirs = socket.socketpair()
         self._names += 1

@@ -17,18 +17,25 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import QemuGone, TargetError
-from pyqmigrate.vm.incoming.keeper.keeper import DAMAGES_MAX, Keeper, status_name
+from pyqmigrate.vm.incoming.keeper.keeper import Keeper
 from pyqmigrate.vm.incoming.keeper.lines import LINE_MAX
+from pyqmigrate.vm.incoming.keeper.server import ServerProgram
+from pyqmigrate.vm.incoming.keeper.state import DAMAGES_MAX, status_name
 from pyqmigrate.vm.incoming.lazy_state import LazyState
 from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
 
-# A page server that does what its snapshot says, a line of JSON.
+# A page server that does what its snapshot says, a line of JSON. Its order comes on standard input.
 SERVER = """
 import json, os, socket, sys
-words = sys.argv[1:]
+control = socket.socket(fileno=0)
+line = b""
+while not line.endswith(b"\\n"):
+    line += control.recv(1)
+order = json.loads(line)
+words = order["words"]
 value = lambda name: words[words.index(name) + 1]
-control = socket.socket(fileno=int(value("--control"))).makefile("rw")
-plan = json.load(open(value("--snapshot")))
+control = control.makefile("rw")
+plan = json.load(open(order["snapshot"]))
 if "--wait" in words:
     begin = json.loads(control.readline())
     assert begin == {"command": "begin", "host_pages": {"m": 1 << 21}}, begin
@@ -49,7 +56,7 @@ SHUT = {"event": "shut", "complete": True, "pages_left": 0}
 
 
 class FakeQemu:
-    """A monitor that answers; it is paused when asked to recover ``refusals`` times before."""
+    """A negotiated monitor that answers; it is paused when asked to recover ``refusals`` times before."""
 
     def __init__(self, refusals: int = 0, status: str = "completed") -> None:
         self.keeper_end, self._ours = socket.socketpair()
@@ -59,8 +66,6 @@ class FakeQemu:
         self._thread.start()
 
     def _answer(self) -> None:
-        greeting = {"QMP": {"version": {}, "capabilities": ["oob"]}}
-        self._ours.sendall(json.dumps(greeting).encode() + b"\n")
         with contextlib.suppress(OSError):
             for line in self._ours.makefile("r"):
                 command = json.loads(line)
@@ -95,20 +100,22 @@ def keeper(
     source, destination = socket.socketpair()
     with subprocess.Popen(["sleep", "60"]) as process:
         setup = {
-            "server": [sys.executable, "-I", "-S", str(server)],
+            "server": [],
             "first": [],
             "snapshot": str(plan),
             "kept": [],
-            "monitor": qemu.keeper_end.detach(),
-            "source": source.detach(),
             "hold": None,
             "push": "idle",
         }
         start = {"pid": process.pid, "host_pages": {"m": 1 << 21}, "collapse": []}
-        thread = threading.Thread(target=Keeper(theirs).run)
+        program = ServerProgram([sys.executable, "-I", "-S", str(server)])
+        thread = threading.Thread(target=Keeper(theirs, program).run)
         thread.start()
         try:
-            for line in ({"setup": setup}, {"start": start}):
+            with qemu.keeper_end as monitor, source:
+                line = json.dumps({"setup": setup}).encode() + b"\n"
+                socket.send_fds(parent, [line], [monitor.fileno(), source.fileno()])
+            for line in ({"start": start}, {"monitor": True}):
                 parent.sendall(json.dumps(line).encode() + b"\n")
             yield parent, process.pid
         finally:
