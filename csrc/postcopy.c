@@ -428,17 +428,18 @@ static int wait_for(struct qm_postcopy *p, struct qm_serving *s, int64_t until)
 int qm_postcopy_serve(qm_postcopy *p, struct qm_serving *s)
 {
     int64_t deadline = s->timeout < 0 ? INT64_MAX : now_ns() + s->timeout;
+    int polled = 0;
     s->events = 0;
     for (;;) {
-        int took = 0;
         if (!s->raw)
-            took = take_requests(p, s);
-        else if (p->received)
-            s->events |= QM_MESSAGE;
+            take_requests(p, s);
         int rc = send_some(p, s);
         if (rc)
             return rc;
-        if (took && !s->events)
+        /* An answer that has gone makes room for the next one. */
+        if (s->raw && p->received)
+            s->events |= QM_MESSAGE;
+        else if (!s->raw && take_requests(p, s) && !s->events)
             continue;
         int64_t now = now_ns(), until = deadline;
         if (s->push && !p->push.busy && !p->answer.busy) {
@@ -448,10 +449,11 @@ int qm_postcopy_serve(qm_postcopy *p, struct qm_serving *s)
         } else if (p->push.busy && !p->answer.busy && p->at == p->n) {
             until = quiet_until(p, s);
         }
-        if (now >= deadline)
+        if (polled && now >= deadline)
             s->events |= QM_TIMEOUT;
         if (s->events)
             return 0;
+        polled = 1;
         rc = wait_for(p, s, until < deadline ? until : deadline);
         if (rc)
             return rc;

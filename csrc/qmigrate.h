@@ -864,7 +864,8 @@ void qm_xor(void *bytes, const void *other, size_t len);
  *   fd, pages_offset a file with the pages, page 0 at pages_offset; -1: the caller reads them
  *   digests, checked NULL, or what pages of the file are compared with: the xxh3-128 of each unit of
  *                    4096 bytes of the file, and which MiB of it have theirs. pages_offset and
- *                    page_size are multiples of 4096 then. */
+ *                    page_size are multiples of 4096 then, and the file is not shorter than the
+ *                    block. */
 struct qm_served_block {
     const unsigned char *name;
     uint8_t name_len;

@@ -71,6 +71,8 @@ class Layer:
 class MappedRamSource(PageSource):
     """A mapped-ram file, or an increment and its base; the snapshot is taken over."""
 
+    window = PIECE // 4096
+
     def __init__(self, snapshot: MappedRamSnapshot | IncrementSnapshot, *, sealed: bool) -> None:
         self._snapshot = snapshot
         self.name = snapshot.source.name
@@ -138,10 +140,12 @@ class MappedRamSource(PageSource):
         layers = self._layers[block]
         if self.readers or len(layers) > 1:
             return None
-        file, offset = layers[0].file, layers[0].layout.pages_offset
-        if isinstance(file, SealedFile):
-            return PagesInFile(file.file.fd, offset, file.checked)
-        return PagesInFile(file.fd, offset)
+        file, layout = layers[0].file, layers[0].layout
+        if not isinstance(file, SealedFile):
+            return PagesInFile(file.fd, layout.pages_offset)
+        if layout.pages_end > file.size:
+            return None
+        return PagesInFile(file.file.fd, layout.pages_offset, file.checked)
 
     def _drop(self) -> None:
         for bitmap in self._data:

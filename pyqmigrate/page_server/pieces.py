@@ -60,7 +60,7 @@ class SealedFile(ReadAt):
             )
         self.name = file.name
         self.file = file
-        self._size = size
+        self.size = size
         self._manifest = manifest
         self._digest = digester(manifest.algorithm)
         self.checked = CheckedPages(size)
@@ -94,7 +94,7 @@ class SealedFile(ReadAt):
                 self.checked.enter(number, data)
             return memoryview(data)[offset - number * PIECE : end - number * PIECE]
         start = offset - offset % UNIT
-        stop = min(-(-end // UNIT) * UNIT, self._size)
+        stop = min(-(-end // UNIT) * UNIT, self.size)
         data = self.file.read_at(start, stop - start)
         if not self.checked.fits(start, data):
             self.checked.forget(number)
@@ -107,7 +107,7 @@ class SealedFile(ReadAt):
         if number == bad and time.monotonic() < until:
             raise self._damage(number)
         start = number * PIECE
-        data = self.file.read_at(start, min(PIECE, self._size - start))
+        data = self.file.read_at(start, min(PIECE, self.size - start))
         expected = self._manifest.digests[number * DIGEST_SIZE : (number + 1) * DIGEST_SIZE]
         if self._digest(data) != bytes(expected):
             # Each of its pages will be asked for in turn.

@@ -282,7 +282,6 @@ def serve_pages(directory: Path, _: bool) -> int:
                         break
                     first, start = window
                     source.read(number, first, start - first)
-                    served.take(first, start, zeros=False)
     return 0
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from pyqmigrate import RamBlock, save
 from pyqmigrate.errors import TargetError
-from pyqmigrate.page_server import withheld as module
 from pyqmigrate.page_server import serving
+from pyqmigrate.page_server import withheld as module
 from pyqmigrate.page_server.opened import MappedRamSource
 from pyqmigrate.page_server.options import Ending, Push
 from pyqmigrate.page_server.serving import ServeRequest
