@@ -137,15 +137,15 @@ class LazyStart:
                 keeper = self._set_up_keeper(settings, sockets, on_failure)
                 qemu = self._start_qemu(command, sockets)
                 on_failure.callback(qemu.end, _PATIENCE)
+                sockets.qemu_monitor.close()  # the end of QEMU must be noticed
                 self._check_abandoned()
                 try:
                     monitor = BlockingMonitor(sockets.monitor)
                     self._ask(monitor, command, saved, sockets)
+                    sockets.destination.close()
                     monitor.negotiate()
                 except QemuError as error:
                     raise QemuError(qemu.describe("QEMU does not start")) from error
-                sockets.qemu_monitor.close()
-                sockets.destination.close()
                 try:
                     differences, table = self._compare(monitor, command, saved)
                     run_blocking(configure(monitor, LAZY, presets=presets_possible(command)))
