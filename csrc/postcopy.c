@@ -494,6 +494,11 @@ void qm_postcopy_asked(qm_postcopy *p, uint64_t block)
     p->last_request = now_ns();
 }
 
+int64_t qm_postcopy_last_asked(const qm_postcopy *p)
+{
+    return p->asked ? p->asked - p->blocks : -1;
+}
+
 void qm_postcopy_connect(qm_postcopy *p, int socket)
 {
     p->socket = socket;

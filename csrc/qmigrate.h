@@ -962,6 +962,9 @@ size_t qm_postcopy_received(qm_postcopy *postcopy, unsigned char *out, size_t le
 /* Note that the caller has parsed a request for pages of a block, to which a later one may refer. */
 void qm_postcopy_asked(qm_postcopy *postcopy, uint64_t block);
 
+/* The number of the block that the latest request was for, here or by the caller; -1 before any. */
+int64_t qm_postcopy_last_asked(const qm_postcopy *postcopy);
+
 /* ---- direct I/O ----------------------------------------------------------------------------- */
 
 /* Get from the kernel what direct I/O on the file requires of addresses and of positions.

@@ -30,6 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import pyqmigrate
 from bench.compare.contenders import Contender, SharedRam, load_contenders, save_contenders
+from bench.compare.lazy import lazy
 from bench.compare.libvirt import libvirt_savers
 from bench.compare.live import ROWS, live
 from bench.compare.picture import draw
@@ -64,6 +65,7 @@ PARTS = (
     "memfd",
     "restores",
     "pool",
+    "lazy",
     "live",
     "store",
 )
@@ -125,6 +127,8 @@ class Bench:
             restores(self.size, self.path, self.disk, self.repeat, self.add)
         if "pool" in parts:
             pool(self.disk.directory, self.disk, chatterer, self.add)
+        if "lazy" in parts:
+            lazy(self.disk.directory, self.disk, chatterer, self.add)
         if "live" in parts:
             live(self.size, self.disk.directory, self.disk, self.repeat, self.add, self.live_rows)
         if "store" in parts:

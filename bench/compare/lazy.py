@@ -139,6 +139,9 @@ def _push(place: Path, disk: Disk, bios: Path, add_sample: Add) -> None:
     """All pages of a stopped guest."""
     path = place / "push.mapped"
     _save(path, _PUSHED + _GIB // 4, bios, Contents.DENSE, _PUSHED)
+    with path.open("rb") as file:  # it was written past the page cache
+        while file.read(16 * _MIB):
+            pass
     command = _command(_PUSHED + _GIB // 4, bios)
     for _ in range(_PUSH_ROUNDS):
         seconds, cpu = asyncio.run(_pushed(path, command))
@@ -180,7 +183,9 @@ def _faults(place: Path, disk: Disk, _: Path, add_sample: Add) -> None:
     newer = newer_qemu()
     if not newer.exists():
         raise AssertionError("no QEMU with a counter of latencies (.ci/ensure-system newer-qemu)")
-    guest = WalkingGuest(place, _WALKED, cluster=16, spread=1024)
+    directory = place / "faults"
+    directory.mkdir()
+    guest = WalkingGuest(directory, _WALKED, cluster=16, spread=1024)
     guest.save()
     for _ in range(_PUSH_ROUNDS):
         facts = asyncio.run(_fault_latency(guest, newer))
@@ -283,8 +288,8 @@ class _Probe:
 
 _SERVER = """
 import json, sys, time
-from tests.harness.object_store import ObjectStore
-server = ObjectStore()
+from tests.harness.quick_objects import QuickObjectStore
+server = QuickObjectStore()
 print(json.dumps(server.environment), flush=True)
 for line in sys.stdin:
     server.delay = float(line)

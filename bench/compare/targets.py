@@ -5,6 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
+from bench.compare.lazy import (
+    AFTER_EXEC_WORK,
+    BYTE_WORK,
+    FIRST_RUN,
+    LATENCY_WORK,
+    PUSH_WORK,
+    REMOTE,
+    SECOND_RUN,
+    WORKLOAD_WORK,
+)
 from bench.compare.live import (
     AGAIN,
     BACKGROUND_WORK,
@@ -80,6 +90,7 @@ def verdicts(results: Results) -> list[Verdict]:
         *_live(results),
         *_increments(results),
         *_pool(results),
+        *_lazy(results),
         *_store(results),
     ]
 
@@ -381,6 +392,35 @@ def _increments(results: Results) -> Iterator[Verdict]:
             results.median(WORKING_SET_WORK, OURS, name) for name in (RECORDED, UNRECORDED)
         )
         yield _ratio(f"{WORKING_SET_WORK}: {RECORDED} / {UNRECORDED}", ours, theirs, 0.4)
+
+
+def _lazy(results: Results) -> Iterator[Verdict]:
+    for name in results.names(BYTE_WORK, OURS):
+        if name.startswith("lazy") and name != REMOTE:
+            seconds = results.median(BYTE_WORK, OURS, name)
+            others = ", ".join(
+                f"{mode} {results.median(BYTE_WORK, OURS, other) * 1e3:.0f} ms"
+                for mode in ("instant", "load")
+                if (other := name.replace("lazy", mode)) in results.names(BYTE_WORK, OURS)
+            )
+            yield Verdict(f"{BYTE_WORK} ({name})", seconds * 1e3, 10, "ms", detail=others)
+    if REMOTE in results.names(AFTER_EXEC_WORK, OURS):
+        seconds = results.median(AFTER_EXEC_WORK, OURS, REMOTE)
+        yield Verdict(f"{AFTER_EXEC_WORK} ({REMOTE})", seconds * 1e3, 150, "ms")
+    if SECOND_RUN in results.names(WORKLOAD_WORK, OURS):
+        first, second = (
+            results.median(WORKLOAD_WORK, OURS, run) for run in (FIRST_RUN, SECOND_RUN)
+        )
+        detail = f"{first:.2f} s, then {second:.2f} s"
+        yield Verdict(WORKLOAD_WORK, first / second, 4, at_least=True, detail=detail)
+    for name in results.names(PUSH_WORK, OURS):
+        samples = results.of(PUSH_WORK, OURS, name)
+        for fact, limit, unit in (("gib_a_second", 0.9, "GiB/s"), ("cpu_a_gib", 0.5, "s/GiB")):
+            measured = statistics.median(sample.facts[fact] for sample in samples)
+            faster = fact == "gib_a_second"
+            yield Verdict(f"{PUSH_WORK}, {fact}", measured, limit, unit, at_least=faster)
+    for name in results.names(LATENCY_WORK, OURS):
+        yield Verdict(LATENCY_WORK, results.median(LATENCY_WORK, OURS, name) * 1e6, 30, "us")
 
 
 def _pool(results: Results) -> Iterator[Verdict]:

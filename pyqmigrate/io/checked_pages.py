@@ -25,6 +25,8 @@ class CheckedPages:
     ``table`` and ``pieces``, which MiB of the file have been checked, are read by the core, too.
     """
 
+    unit = UNIT
+
     def __init__(self, size: int) -> None:
         self.table = DigestTable(-(-size // UNIT))
         self.pieces = Bitmap(-(-size // PIECE))

@@ -17,13 +17,15 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyqmigrate._core as _core
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Data
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.checked_pages import UNIT, CheckedPages
+
+if TYPE_CHECKING:  # few snapshots are sealed
+    from pyqmigrate.io.checked_pages import CheckedPages
 
 __all__ = ["Events", "PageSending", "PagesInFile", "Requested", "SentBlock"]
 
@@ -121,7 +123,7 @@ class PageSending:
         core.pages_offset = place.pages_offset
         if place.checked is None:
             core.fd = place.fd
-        elif place.pages_offset % UNIT == 0 and block.page_size % UNIT == 0:
+        elif place.pages_offset % place.checked.unit == 0 == block.page_size % place.checked.unit:
             core.fd = place.fd
             core.digests, core.checked = place.checked.table.core, place.checked.pieces.core
 
@@ -214,6 +216,12 @@ class PageSending:
         out = _core.ffi.new("unsigned char[]", _RECEIVED)
         length = _core.lib.qm_postcopy_received(self._core, out, _RECEIVED)
         return bytes(_core.ffi.buffer(out, length))
+
+    @property
+    def last_asked(self) -> int | None:
+        """The number of the block that the latest request was for, None before any."""
+        number = int(_core.lib.qm_postcopy_last_asked(self._core))
+        return None if number < 0 else number
 
     def asked(self, block: int) -> None:
         """Note a request that was among the messages: for pages of this block."""

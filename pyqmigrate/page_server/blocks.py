@@ -48,7 +48,7 @@ class ServedBlock:
             self.name, self.page_size, self.together, self._data, self.pending, self.sent, place
         )
 
-    def next_window(self, start: int, longest: int) -> PagesInFile | None:
+    def next_window(self, start: int, longest: int) -> tuple[int, int] | None:
         """Return the next pages whose first and last are pending, from ``start`` on, or one of the
         destination; None if there are none. They do not go past a multiple of ``longest``."""
         if start >= self.npages:

@@ -14,7 +14,6 @@ from pyqmigrate.format.digest import DIGEST_SIZE, digester
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.seal import PIECE
 from pyqmigrate.integrity.manifest import Manifest
-from pyqmigrate.io.checked_pages import UNIT, CheckedPages
 from pyqmigrate.page_server.sources import ReadAt
 
 __all__ = ["OpenFile", "SealedFile"]
@@ -63,6 +62,8 @@ class SealedFile(ReadAt):
         self.size = size
         self._manifest = manifest
         self._digest = digester(manifest.algorithm)
+        from pyqmigrate.io.checked_pages import CheckedPages
+
         self.checked = CheckedPages(size)
         self._bad: tuple[int, float] = (-1, 0.0)
 
@@ -93,8 +94,9 @@ class SealedFile(ReadAt):
             if end - offset < PIECE // 2:
                 self.checked.enter(number, data)
             return memoryview(data)[offset - number * PIECE : end - number * PIECE]
-        start = offset - offset % UNIT
-        stop = min(-(-end // UNIT) * UNIT, self.size)
+        unit = self.checked.unit
+        start = offset - offset % unit
+        stop = min(-(-end // unit) * unit, self.size)
         data = self.file.read_at(start, stop - start)
         if not self.checked.fits(start, data):
             self.checked.forget(number)

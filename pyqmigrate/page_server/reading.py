@@ -6,12 +6,15 @@ import collections
 import contextlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.page_server.sources import PageSource
+
+if TYPE_CHECKING:  # only slow sources need threads
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = ["Read", "Reading"]
 
@@ -45,6 +48,8 @@ class Reading:
         self.ahead = 0
         self._pools: list[ThreadPoolExecutor] = []
         if source.readers:
+            from concurrent.futures import ThreadPoolExecutor
+
             self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             # Of their own, so that a read that the guest waits for starts at once.
             for name in ("pyqmigrate-ahead", "pyqmigrate-demand"):

@@ -220,6 +220,8 @@ class PageServer:
             requested = sending.requested
             self._request(requested.block, requested.first, requested.npages, requested.since)
         if events & Events.MESSAGE:
+            if (number := sending.last_asked) is not None:  # perhaps the core has answered it
+                self._answers.last_block = self._blocks[number].spec.name
             for message in self._answers.feed(sending.received()):
                 self._take_message(message)
         if events & Events.CONTROL and self.on_control():

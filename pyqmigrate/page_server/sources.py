@@ -12,7 +12,6 @@ by :func:`~pyqmigrate.snapshot.detect.open_snapshot`; a snapshot of a store is r
 from __future__ import annotations
 
 import abc
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +48,8 @@ class GuestState:
     def digest(self) -> str:
         """Return what a copy of the snapshot has in common with it, in whatever form: a digest of the
         machine, the blocks and the state of the devices. Another save has another clock."""
+        import hashlib
+
         digest = hashlib.blake2b(self.settings.machine.encode(), digest_size=16)
         for block in self.blocks:
             digest.update(f"\n{block.length} {block.name}".encode())

@@ -21,6 +21,7 @@ from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
 from pyqmigrate.vm.incoming.options import Mode
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore import restore
+from tests.harness.lazy_guests import children_of
 from tests.harness.saved import RAM, Saved, goes_on, save_guest
 from tests.harness.stored_guests import store_file
 
@@ -69,6 +70,40 @@ def test_a_store_by_a_relative_path_is_found_by_the_server(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asyncio.run(_whole(saved, os.path.relpath(stored), tmp_path / "out"))
+
+
+def test_a_working_set_is_recorded_into_the_store_and_used(
+    saved: Saved, stored: str, tmp_path: Path
+) -> None:
+    async def record() -> int:
+        command = _command(saved, tmp_path / "out")
+        vm = await restore(stored, command, mode="lazy", record=0.3)
+        try:
+            assert vm.recording is not None
+            report = await asyncio.wait_for(vm.recording, _PATIENCE)
+            assert str(report.path).endswith("working-sets/monday.ws")
+            return report.pages
+        finally:
+            await vm.end()
+
+    assert asyncio.run(record()) > 100
+    assert (tmp_path / "store" / "working-sets" / "monday.ws").exists()
+    vm = asyncio.run(_whole(saved, stored, tmp_path / "out"))
+    assert not any("working set" in note for note in vm.report.notes)
+
+
+def test_a_lazy_restore_mounts_nothing(saved: Saved, stored: str, tmp_path: Path) -> None:
+    async def run() -> None:
+        vm = await restore(stored, _command(saved, tmp_path / "out"), mode="lazy")
+        try:
+            assert vm.lazy is not None
+            children = set(children_of(os.getpid()))
+            assert children == {vm.process.pid, vm.lazy.process.pid}
+            await asyncio.wait_for(vm.lazy.completed(), _PATIENCE)
+        finally:
+            await vm.end()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("mode", ["auto", pytest.param("lazy", marks=pytest.mark.long)])

@@ -41,6 +41,7 @@ from pyqmigrate.cli.vm.restore import (
 )
 from pyqmigrate.cli.vm.store_messages import store_messages_shown
 from pyqmigrate.errors import QemuError
+from pyqmigrate.vm.incoming.options import Mode
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.clone import Clone
@@ -61,8 +62,8 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--mode",
-        choices=["auto", "instant", "lazy", "load", "postcopy"],
-        default="auto",
+        choices=list(map(str, Mode)),
+        default=str(Mode.AUTO),
         help="how guest memory is restored (default: auto)",
     )
     add_run_state(parser)

@@ -76,12 +76,13 @@ Message: TypeAlias = Shut | Pong | Request | Received | Resumed
 
 
 class ReturnPath:
-    """A reader of the return path of one connection."""
+    """A reader of the return path of one connection. ``last_block`` is the block of the latest request;
+    set it if another reader took requests in between."""
 
     def __init__(self, blocks: Mapping[str, PostcopyBlock]) -> None:
         self._blocks = blocks
         self._data = bytearray()
-        self._last: str | None = None
+        self.last_block: str | None = None
         self._seen = 0
 
     def feed(self, data: bytes) -> Iterator[Message]:
@@ -134,10 +135,10 @@ class ReturnPath:
         if len(body) < _RANGE.size:
             raise self._fault(f"a request of {len(body)} bytes")
         if kind == _NAMED:
-            self._last = self._name(body[_RANGE.size :])
-        if self._last is None:
+            self.last_block = self._name(body[_RANGE.size :])
+        if self.last_block is None:
             raise self._fault("a request for pages of the last block before any block")
-        return self._request(self._last, *_RANGE.unpack_from(body))
+        return self._request(self.last_block, *_RANGE.unpack_from(body))
 
     def _request(self, name: str, start: int, length: int) -> Request:
         block = self._blocks[name]

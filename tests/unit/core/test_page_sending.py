@@ -183,7 +183,8 @@ def test_core_takes_the_requests_that_the_parser_takes(sent: list[bytes], step: 
     blocks = {"ram": PostcopyBlock(BlockSpec("ram", 64 * PAGE, PAGE))}
     stream = b"".join(sent)
     expected = list(_parsed(ReturnPath(blocks), stream))
-    path, found = ReturnPath(blocks), []
+    path = ReturnPath(blocks)
+    found: list[object] = []
     with Connection([_twin()]) as connection:
         sending = connection.sending
 

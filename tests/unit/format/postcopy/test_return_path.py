@@ -127,3 +127,13 @@ def test_what_cannot_be_a_message_is_refused(data: bytes) -> None:
 def test_block_must_fit_the_pages_of_its_memory() -> None:
     with pytest.raises(UsageError, match="cannot be in memory with pages of 2097152 bytes"):
         PostcopyBlock(BlockSpec("pc.ram", 3 << 20), 2 << 20)
+
+
+def test_a_request_may_refer_to_a_block_that_another_reader_saw() -> None:
+    path = ReturnPath(BLOCKS)
+    with pytest.raises(QemuError, match="before any block"):
+        list(path.feed(message(4, struct.pack(">QI", 4096, 4096))))
+    path = ReturnPath(BLOCKS)
+    path.last_block = next(iter(BLOCKS))
+    (found,) = path.feed(message(4, struct.pack(">QI", 4096, 4096)))
+    assert found == Request(path.last_block, 1, 1)
