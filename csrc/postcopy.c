@@ -434,8 +434,14 @@ int qm_postcopy_serve(qm_postcopy *p, struct qm_serving *s)
         if (!s->raw)
             take_requests(p, s);
         int rc = send_some(p, s);
-        if (rc)
-            return rc;
+        if (rc) {
+            /* What the destination said before it closed the connection may be that it has all. */
+            (void)receive(p, s);
+            if (p->received == 0)
+                return rc;
+            s->events |= QM_MESSAGE;
+            return 0;
+        }
         /* An answer that has gone makes room for the next one. */
         if (s->raw && p->received)
             s->events |= QM_MESSAGE;
@@ -486,6 +492,11 @@ size_t qm_postcopy_received(qm_postcopy *p, unsigned char *out, size_t len)
     memmove(p->in, p->in + len, p->received - len);
     p->received -= len;
     return len;
+}
+
+int qm_postcopy_idle(const qm_postcopy *p)
+{
+    return !p->answer.busy && !p->push.busy && p->at == p->n && !p->part;
 }
 
 void qm_postcopy_asked(qm_postcopy *p, uint64_t block)

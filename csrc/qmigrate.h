@@ -956,6 +956,9 @@ struct qm_serving {
  * can be read and fit their digests, are answered here. Returns 0, or -errno when the connection has ended. */
 int qm_postcopy_serve(qm_postcopy *postcopy, struct qm_serving *serving);
 
+/* Return whether nothing is being sent: no record is cut off then. */
+int qm_postcopy_idle(const qm_postcopy *postcopy);
+
 /* Take the bytes of QM_MESSAGE: at most `len`. Returns how many. */
 size_t qm_postcopy_received(qm_postcopy *postcopy, unsigned char *out, size_t len);
 

@@ -140,6 +140,11 @@ class PageSending:
         return sum(core.left for core in self._blocks)
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing is being sent: what goes out now does not cut a record off."""
+        return bool(_core.lib.qm_postcopy_idle(self._core))
+
+    @property
     def pushing(self) -> bool:
         """Whether pages are being sent that nobody has asked for."""
         return self._pages[0] is not None

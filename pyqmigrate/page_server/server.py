@@ -214,7 +214,7 @@ class PageServer:
             slow=self._reading.fd,
             control=-1 if self.control is None else self.control,
             raw=self._answers.incomplete,
-            every=self._options.record,
+            every=self._options.record or self.end_sent,
         )
         if events & Events.REQUEST:
             requested = sending.requested
@@ -253,9 +253,7 @@ class PageServer:
         sending = self._sending
         if not self.loaded or not self._end:
             return True
-        if not self.end_sent and (
-            sending.left or sending.pushing or sending.answering or self._replied
-        ):
+        if not self.end_sent and (sending.left or self._replied or not sending.idle):
             return True
         if not self.end_sent and not self.may_end():
             return True
@@ -298,7 +296,9 @@ class PageServer:
     # What the guest waits for.
 
     def _request(self, number: int, first: int, npages: int, since: int) -> None:
-        """Start to answer a request."""
+        """Start to answer a request, unless the end was sent: what is missing then is zero."""
+        if self.end_sent:
+            return
         block = self._served[number]
         for page in range(first, first + npages, block.together):
             if block.sent[page] or (number, page) in self._asked:

@@ -32,7 +32,7 @@ from pyqmigrate.store.stored_file import StoredFile
 __all__ = ["StoredSource"]
 
 _LOCAL_READERS = 2
-_REMOTE_READERS = 8
+_REMOTE_READERS = 16
 
 
 class StoredSource(PageSource):

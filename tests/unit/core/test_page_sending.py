@@ -133,6 +133,32 @@ def test_core_sends_what_the_twin_sends(twins: list[BlockTwin], data: st.DataObj
         assert connection.sending.left == sum(sum(twin.pending) for twin in twins)
 
 
+def test_parts_name_a_block_once() -> None:
+    page = bytes(range(256)) * 16
+    identifier = b"\0RAM"
+    head, foot = b"\2" + identifier, bytes.fromhex("0000000000000010 7e") + identifier
+    twin = _twin(data=[k != 4 for k in range(64)])
+    other = BlockTwin(b"b", PAGE, 1, [False], [False], [False])
+    with Connection([twin, other]) as connection:
+        for block, first, npages in ((0, 3, 2), (0, 5, 1), (1, 0, 1)):
+            connection.sending.send(block, first, npages, page * npages, time.monotonic_ns())
+            connection.serve(Events.ANSWERED)
+        assert connection.end() == (
+            head
+            + bytes.fromhex("0000000000003008 03 72616d")
+            + page
+            + bytes.fromhex("0000000000004022 00")
+            + foot
+            + head
+            + bytes.fromhex("0000000000005028")
+            + page
+            + foot
+            + head
+            + bytes.fromhex("0000000000000002 01 62 00")
+            + foot
+        )
+
+
 def messages() -> st.SearchStrategy[bytes]:
     name = st.sampled_from(["ram", "rom", "a much longer name"]).map(str.encode)
     offset = st.one_of(
@@ -329,3 +355,29 @@ def test_second_pages_are_refused_while_the_first_are_sent() -> None:
         connection.sending.send(0, 0, 1, bytes(PAGE))
         with pytest.raises(UsageError):
             connection.sending.send(0, 1, 1, bytes(PAGE))
+
+
+def test_last_words_of_a_destination_that_went_are_heard() -> None:
+    with Connection([_twin()]) as connection:
+        ours, theirs = socket.socketpair()
+        connection.sending.connect(ours)
+        theirs.sendall(_message(1, bytes(4)))
+        theirs.close()
+        connection.sending.send(0, 0, 64, bytes(64 * PAGE), time.monotonic_ns())
+        assert connection.serve(Events.MESSAGE)
+        assert connection.sending.received() == _message(1, bytes(4))
+        with pytest.raises(ConnectionError):
+            connection.serve(Events.MESSAGE)
+        ours.close()
+
+
+def test_sending_is_idle_only_between_records() -> None:
+    with Connection([_twin(4096)]) as connection:
+        assert connection.sending.idle
+        ours, theirs = socket.socketpair()
+        connection.sending.connect(ours)
+        connection.sending.send(0, 0, 4096, bytes(4096 * PAGE))
+        connection.sending.serve(push=False, quiet=0, timeout=1_000_000)
+        assert not connection.sending.idle
+        ours.close()
+        theirs.close()

@@ -6,7 +6,6 @@ import pytest
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.postcopy import stream
-from pyqmigrate.format.postcopy.records import PartEncoder
 from pyqmigrate.format.postcopy.stream import PostcopyBlock, encode_head, encode_package
 from pyqmigrate.format.stream.configuration import Configuration
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
@@ -50,35 +49,6 @@ def test_end_and_recovery() -> None:
     assert bytes.fromhex("03" + ID + "0000000000000010 7e" + ID + "00") == stream.END
     assert bytes.fromhex("08 0009 0000") == stream.RESUME
     assert stream.ask_received("ab") == bytes.fromhex("08 000a 0003 02 6162")
-
-
-def test_parts_name_a_block_once() -> None:
-    encoder = PartEncoder()
-    page = bytes(range(256)) * 16
-    view = memoryview(page)
-    first = encoder.encode("a", PAGE, [(3, 4, view), (4, 5, None)])
-    head, foot = bytes.fromhex("02" + ID), bytes.fromhex("0000000000000010 7e" + ID)
-    assert b"".join(first) == (
-        head
-        + bytes.fromhex("0000000000003008 01 61")
-        + page
-        + bytes.fromhex("0000000000004022 00")
-        + foot
-    )
-    assert b"".join(encoder.encode("a", PAGE, [(5, 6, view)])) == (
-        head + bytes.fromhex("0000000000005028") + page + foot
-    )
-    assert b"".join(encoder.encode("b", PAGE, [(0, 1, None)])) == (
-        head + bytes.fromhex("0000000000000002 01 62 00") + foot
-    )
-
-
-def test_content_of_pages_is_not_copied() -> None:
-    content = bytearray(3 * PAGE)
-    pieces = PartEncoder().encode("a", PAGE, [(0, 3, memoryview(content))])
-    views = [piece for piece in pieces if isinstance(piece, memoryview)]
-    assert [len(view) for view in views] == [PAGE] * 3
-    assert all(view.obj is content for view in views)
 
 
 def test_stream_without_blocks_is_refused() -> None:
