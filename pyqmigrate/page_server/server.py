@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pyqmigrate.enums import parse_enum
-from pyqmigrate.errors import QemuError, QemuGone, UsageError
+from pyqmigrate.errors import QemuGone, UsageError
 from pyqmigrate.format.postcopy.records import PART_END, PART_HEADER, RecordData
 from pyqmigrate.format.postcopy.return_path import Pong, Received, Request, ReturnPath, Shut
 from pyqmigrate.format.postcopy.stream import (
@@ -45,7 +45,6 @@ from pyqmigrate.page_server.withheld import Withheld
 __all__ = ["Ending", "PageServer", "Push", "ServerOptions"]
 
 _PROGRESS = 1.0  # seconds
-_LAST_WORDS = 1 << 16  # bytes
 _RETRY_END = 1_000_000  # nanoseconds until the end is sent again, if the socket was full
 _NEVER = 1 << 62  # nanoseconds
 
@@ -180,23 +179,10 @@ class PageServer:
                 try:
                     self._step(connection)
                 except ConnectionError:
-                    self._take_last_words(connection)
-                    self._ending = self._ending or Ending.BROKEN
+                    self._ending = Ending.BROKEN
         finally:
             self._let_go()
         return self._ending
-
-    def _take_last_words(self, connection: socket.socket) -> None:
-        """Look for the end of the migration in what came before the connection ended: QEMU closes it when it
-        has everything, perhaps while a zero page that it had asked for is being sent."""
-        data = self._sending.received()
-        with contextlib.suppress(OSError):
-            while more := connection.recv(_LAST_WORDS):
-                data += more
-        with contextlib.suppress(QemuError):
-            for message in self._answers.feed(data):
-                if isinstance(message, Shut):
-                    self._take_message(message)
 
     def _step(self, connection: socket.socket) -> None:
         sending = self._sending
