@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.offset,
         args.cache,
         args.expect,
+        args.confirm_end,
     )
     try:
         ending = serve(request, socket.socket(fileno=args.fd), control.send, control)
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="of an increment")
     parser.add_argument("--expect", help="digest of the state that the snapshot has to have")
     parser.add_argument("--offset", type=int, help="of the stream in the file")
+    parser.add_argument("--confirm-end", action="store_true", help="send the end when told to")
     parser.add_argument("--cache", help="directory for the packs of a remote store")
     return parser
 

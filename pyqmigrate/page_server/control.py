@@ -7,6 +7,7 @@ sends commands, with the key ``command``:
   started with ``--wait`` waits before it sends anything;
 - ``resume``: go on over the socket that comes with the message (SCM_RIGHTS), after a broken connection;
 - ``push``, with the key ``policy``: ``idle``, ``always`` or ``never``;
+- ``end``: send the end, which an event ``sent`` has asked for (``--confirm-end``);
 - ``status``: send an event ``progress`` now;
 - ``stop``: end.
 

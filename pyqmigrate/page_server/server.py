@@ -54,8 +54,9 @@ class PageServer:
 
     ``report`` is called with an event, a dictionary with the key ``event``: ``loaded``, ``progress``,
     ``damage``, ``shut``. ``control`` is a descriptor, or None; when it is readable, ``on_control`` is
-    called, and returns whether to stop. ``end_sent``: if the connection breaks now, the destination may
-    have everything; its status is ``completed`` then.
+    called, and returns whether to stop. ``may_end`` is asked, when all is sent, whether the end may be sent, and
+    again after ``on_control``. ``end_sent``: if the connection breaks now, the destination may have everything; its
+    status is ``completed`` then.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class PageServer:
         self._named: set[tuple[int, int]] = set()
         self.control: int | None = None
         self.on_control: Callable[[], bool] = lambda: False
+        self.may_end: Callable[[], bool] = lambda: True
         self.loaded = False
         self._stack = contextlib.ExitStack()
         self._connection: socket.socket | None = None
@@ -238,6 +240,8 @@ class PageServer:
         if not self.loaded or not self._end:
             return True
         if not self.end_sent and (sending.left or self._replied or not sending.idle):
+            return True
+        if not self.end_sent and not self.may_end():
             return True
         self.end_sent = True
         with contextlib.suppress(BlockingIOError):

@@ -48,6 +48,8 @@ class ServeRequest:
     wait: whether the parent has to say ``begin`` first, with the ``host_pages``.
     expect: the digest of the state that the snapshot has to have (``GuestState.digest``), or None. An
         event ``opened`` reports it, with the key ``state``.
+    confirm_end: whether the parent decides when the end is sent: an event ``sent`` reports that only that is
+        missing, and the command ``end`` has it sent.
     base, offset, cache: as for :func:`~pyqmigrate.page_server.sources.open_source`.
     """
 
@@ -63,6 +65,7 @@ class ServeRequest:
     offset: int | None = None
     cache: str | None = None
     expect: str | None = None
+    confirm_end: bool = False
 
 
 def serve(
@@ -115,7 +118,8 @@ def serve(
         stack.callback(server.close)
         started = time.monotonic()
         accepted = connection() if callable(connection) else connection
-        ending = _Service(server, report, control).run(accepted, resume=request.resume)
+        service = _Service(server, report, control, confirm_end=request.confirm_end)
+        ending = service.run(accepted, resume=request.resume)
         if recording:
             _record(source, server, place, time.monotonic() - started)
         return ending
@@ -133,17 +137,23 @@ def _await_begin(control: Control) -> dict[str, int]:
 class _Service:
     """The connections of one server, one after another."""
 
-    def __init__(self, server: PageServer, report: Report, control: Control | None) -> None:
+    def __init__(
+        self, server: PageServer, report: Report, control: Control | None, *, confirm_end: bool
+    ) -> None:
         self._server = server
         self._report = report
         self._control = control
         self._next: socket.socket | None = None
+        self._confirm_end = confirm_end and control is not None
+        self._asked = self._confirmed = False
         server.on_control = self._on_control
+        server.may_end = self._may_end
 
     def run(self, connection: socket.socket, *, resume: bool) -> Ending:
         server = self._server
         while True:
             self._listen()
+            self._asked = self._confirmed = False
             try:
                 if resume:
                     server.resume(connection)
@@ -174,6 +184,18 @@ class _Service:
             assert self._next is not None
             connection, self._next, resume = self._next, None, True
 
+    def _may_end(self) -> bool:
+        """Return whether the end may be sent; ask the parent, once. One that has gone decides nothing."""
+        if self._confirmed or not self._confirm_end:
+            return True
+        assert self._control is not None
+        if self._control.gone:
+            return True
+        if not self._asked:
+            self._asked = True
+            self._report({"event": "sent", **self._server.status()})
+        return False
+
     def _listen(self) -> None:
         self._server.control = None if self._control is None else self._control.fd
 
@@ -199,6 +221,8 @@ class _Service:
             elif name == "push":
                 with contextlib.suppress(UsageError):
                     self._server.set_push(str(command.get("policy")))
+            elif name == "end":
+                self._confirmed = self._asked
             elif name == "status":
                 self._report({"event": "progress", **self._server.status()})
             elif name == "stop":

@@ -36,7 +36,7 @@ def save(qmp: Path, snapshot: Path, *options: str, limit: float = 120) -> dict[s
 
 @contextlib.contextmanager
 def restored(
-    snapshot: Path, command: Sequence[str], *options: str, limit: float = 60
+    snapshot: Path | str, command: Sequence[str], *options: str, limit: float = 60
 ) -> Iterator[dict[str, Any]]:
     """``vm restore``; gives its JSON as soon as the guest is there, and ends both on exit."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:

@@ -68,7 +68,7 @@ def test_snapshot_in_a_sparse_image_is_one_instant_of_the_guest(image: Image) ->
     assert check_pattern(memory).generation - len(image.reports) in (0, 1)
 
 
-@pytest.mark.parametrize("mode", ["instant", "load"])
+@pytest.mark.parametrize("mode", ["instant", "load", "lazy"])
 def test_guest_goes_on_without_libvirt(image: Image, tmp_path: Path, mode: str) -> None:
     serial = tmp_path / "serial"
     command = [*image.domain.machine(), "-serial", f"file:{serial}"]
@@ -79,6 +79,8 @@ def test_guest_goes_on_without_libvirt(image: Image, tmp_path: Path, mode: str) 
         vm = await restore(image.path, command, mode=mode)
         try:
             assert (vm.report.mode, vm.report.run_state) == (mode, "running")
+            if vm.lazy is not None:
+                await vm.lazy.completed()
             await goes_on(saved, vm, serial)
         finally:
             await vm.end()

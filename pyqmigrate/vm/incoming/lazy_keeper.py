@@ -2,7 +2,7 @@
 
     keeper = start_keeper("/snap/guest.mapped")               # its imports and the server's go on from here
     keeper.set_up(snapshot, kept, settings, monitor, source)
-    keeper.begin(pid, page_sizes, collapse)
+    keeper.begin(pid, blocks, page_sizes, collapse)
     keeper.wait_until_loaded()                                # the guest can run; its pages follow
     keeper.leave_monitor()
 
@@ -138,11 +138,20 @@ class StartedKeeper:
         self._send({"setup": setup}, fds)
 
     def begin(
-        self, pid: int, host_pages: Mapping[str, int], collapse: Sequence[tuple[int, int]]
+        self,
+        pid: int,
+        blocks: Sequence[str],
+        host_pages: Mapping[str, int],
+        collapse: Sequence[tuple[int, int]],
     ) -> None:
-        """Have the stream sent to QEMU ``pid``, whose blocks have these page sizes. At the end the
-        memory ``collapse``, of addresses and lengths, gets huge pages."""
-        start = {"pid": pid, "host_pages": dict(host_pages), "collapse": list(collapse)}
+        """Have the stream sent to QEMU ``pid``, which has these blocks, some of other page sizes. At the end
+        the memory ``collapse``, of addresses and lengths, gets huge pages."""
+        start = {
+            "pid": pid,
+            "blocks": list(blocks),
+            "host_pages": dict(host_pages),
+            "collapse": list(collapse),
+        }
         self._send({"start": start})
 
     def leave_monitor(self) -> None:

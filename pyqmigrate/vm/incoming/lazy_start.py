@@ -137,15 +137,15 @@ class LazyStart:
                 keeper = self._set_up_keeper(settings, sockets, on_failure)
                 qemu = self._start_qemu(command, sockets)
                 on_failure.callback(qemu.end, _PATIENCE)
+                sockets.qemu_monitor.close()  # the end of QEMU must be noticed
                 self._check_abandoned()
                 try:
                     monitor = BlockingMonitor(sockets.monitor)
                     self._ask(monitor, command, saved, sockets)
+                    sockets.destination.close()
                     monitor.negotiate()
                 except QemuError as error:
                     raise QemuError(qemu.describe("QEMU does not start")) from error
-                sockets.qemu_monitor.close()
-                sockets.destination.close()
                 try:
                     differences, table = self._compare(monitor, command, saved)
                     run_blocking(configure(monitor, LAZY, presets=presets_possible(command)))
@@ -236,7 +236,7 @@ class LazyStart:
         }
         started = time.monotonic()
         collapse = _collapsible(table) if self._options.huge_pages else []
-        keeper.begin(qemu.process.pid, host_pages, collapse)
+        keeper.begin(qemu.process.pid, [line.name for line in table], host_pages, collapse)
         uri = {"uri": f"fd:{_STREAM}", "exit-on-error": False}
         try:
             run_blocking(monitor.execute("migrate-incoming", uri))

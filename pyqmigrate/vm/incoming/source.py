@@ -231,7 +231,7 @@ class RestoreSource:
         sources = [self.snapshot.source]
         if self.increment is not None:
             sources.append(self.increment.base.source)
-        return [(os.fspath(source.place or ""), source.fd) for source in sources]
+        return [(os.fspath(source.place or ""), source.file_fd) for source in sources]
 
     @property
     def age(self) -> float:

@@ -21,7 +21,7 @@ setup        the first line: ``server`` (options of each page server), ``first``
              descriptors that come along are the monitor, the socket on which QEMU expects
              the stream, and the kept files
 start        once QEMU waits for the stream: ``pid`` of QEMU, ``host_pages`` (page sizes
-             of its blocks by name), and ``collapse``, a list of [address, length] of
+             of its blocks by name), ``blocks`` (their names), and ``collapse``, a list of [address, length] of
              memory whose pages are to be made huge at the end; empty for none
 monitor      once the parent does not use the monitor any more
 ===========  ======================================================================
@@ -47,6 +47,7 @@ from pyqmigrate.vm.incoming.keeper.clients import Clients
 from pyqmigrate.vm.incoming.keeper.lines import Lines
 from pyqmigrate.vm.incoming.keeper.loop import Loop, Sources
 from pyqmigrate.vm.incoming.keeper.monitor import KeeperMonitor
+from pyqmigrate.vm.incoming.keeper.plugged import plugged_in
 from pyqmigrate.vm.incoming.keeper.recovery import RETRY, Recoveries
 from pyqmigrate.vm.incoming.keeper.server import ServerProcess, ServerProgram
 from pyqmigrate.vm.incoming.keeper.state import Progress, State
@@ -55,6 +56,7 @@ __all__ = ["Keeper", "ignore_signals"]
 
 _BACKOFF = 0.05  # seconds until a server that did nothing is restarted; doubled
 _BACKOFF_MAX = 5.0
+_UNPLUGGED = 0.5  # seconds between looks at whether memory is still plugged in
 _FINAL_STATUS = 10.0  # seconds from the last page until QEMU has to report completion
 
 
@@ -180,7 +182,7 @@ class Keeper:
             self._progress.end("failed", f"cannot start a page server: {error.strerror}")
             return
         self._server = server
-        words = [*self._setup["server"], *more]
+        words = [*self._setup["server"], "--confirm-end", *more]
         server.serve(words, self._unchanged_snapshot(), source, [fd for _, fd in self._kept])
 
     def _unchanged_snapshot(self) -> str | int:
@@ -225,6 +227,8 @@ class Keeper:
         elif event == "broken":
             server.kill()  # another one goes on
             return
+        elif event == "sent":
+            self._may_end(server)
         elif event == "shut":
             if line.get("complete"):
                 self._all_sent = True
@@ -321,6 +325,29 @@ class Keeper:
                 self._progress.end("failed", f"QEMU: {reason}")
 
         self._monitor.execute("query-migrate", {}, answer)
+
+    def _may_end(self, server: ServerProcess) -> None:
+        """Let the server send the end, unless memory was plugged in: QEMU does not register it for post-copy,
+        and fails to unregister it, and the blocks after it, at the end. The guest would wait for ever at a zero
+        page of those."""
+        if self._progress.ended or server is not self._server:
+            return
+        if self._monitor is None or not self._monitor_is_ours:
+            self._loop.later(RETRY, lambda: self._may_end(server))
+            return
+
+        def answer(reply: dict[str, Any]) -> None:
+            blocks = plugged_in(str(reply.get("return", "")), self._start["blocks"])
+            if not blocks:
+                server.control.send({"command": "end"})
+                return
+            self._progress.note(
+                f"{', '.join(map(repr, blocks))}: memory that was plugged in while pages were missing. QEMU "
+                "could not end the migration rightly, so the page server stays: unplug it, and it ends"
+            )
+            self._loop.later(_UNPLUGGED, lambda: self._may_end(server))
+
+        self._monitor.execute("human-monitor-command", {"command-line": "info ramblock"}, answer)
 
     def _qemu_gone(self) -> None:
         self._progress.end("gone", "QEMU has ended")
