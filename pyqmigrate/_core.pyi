@@ -31,6 +31,14 @@ class _Lib:
     QM_PAGE_ZERO: int
     QM_PAGE_FILLED: int
     QM_PAGE_DATA: int
+    QM_CLASS_ZERO: int
+    QM_CLASS_FILLED: int
+    QM_ENTROPY_SAMPLE: int
+    QM_LEVELS: int
+    QM_LEVEL: int
+    QM_SUMMARY: int
+    QM_CHANGED: int
+    QM_TOUCHED: int
     qm_call_write_hook: Any
 
     def qm_job_create(self) -> Any: ...
