@@ -78,9 +78,9 @@ class MemoryMap:
         """Bytes of memory that are shown."""
         return sum(part.length for mapped in self.areas for part in mapped.area.parts)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return values for JSON."""
-        return {
+    def to_json(self, *, areas: bool = True) -> dict[str, Any]:
+        """Return values for JSON. ``areas`` says whether the cells are among them."""
+        data: dict[str, Any] = {
             "snapshot": self.snapshot,
             "against": self.against,
             "machine": self.machine,
@@ -90,11 +90,13 @@ class MemoryMap:
             "pages": asdict(self.pages),
             "levels": list(self.levels),
             "working_set": self.working_set,
-            "areas": [_area(mapped) for mapped in self.areas],
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
+        if areas:
+            data["areas"] = [_area(mapped) for mapped in self.areas]
+        return data
 
 
 def _area(mapped: MappedArea) -> dict[str, Any]:

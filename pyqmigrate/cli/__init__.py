@@ -60,6 +60,7 @@ _VERBS = (
     "seal",
     "verify",
     "diff",
+    "map",
     "convert",
     "compact",
     "store",
