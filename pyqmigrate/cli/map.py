@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "read_extent"]
 
-_IMAGE_CELLS = 1 << 18
+_IMAGE_CELLS = 1 << 16
 _ADDRESS_END = 1 << 64
 
 

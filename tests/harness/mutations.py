@@ -312,6 +312,13 @@ VERBS: dict[str, Verb] = {
     },
     "compact": command_line("compact", "DIR/file", "DIR/to"),
     "diff": compare,
+    "map": command_line("map", "DIR/file", index=False),
+    "map --json --by": command_line("map", "DIR/file", "--json", "--by", "block", index=False),
+    "map OTHER": command_line("map", "DIR/file", "DIR/file", "--cells", "64", index=False),
+    **{
+        f"map --{form}": command_line("map", "DIR/file", f"--{form}", "DIR/to", index=False)
+        for form in ("html", "svg")
+    },
     "store add": add_to_store,
     "page-server": serve_pages,
     "load": load,

@@ -146,20 +146,25 @@
   let zoom = 0;     // tiles of 2^zoom cells; below 0, tiles of one cell that are 2^-zoom times as large
   let layout = null, selected = null, hovered = null;
   const tileOf = (z) => ({ level: Math.max(z, 0), side: Math.min(BASE * 2 ** Math.max(-z, 0), LARGEST) });
-  const layOut = (z) => {
+  const layOut = (z, height) => {
     const { level, side } = tileOf(z);
     const room = Math.max(scroller.clientWidth - LEFT - RIGHT, side * 2);
     const columns = 2 ** Math.max(1, Math.floor(Math.log2(room / side)));
     // What is left of the room makes tiles wider.
-    const width = Math.min(room / columns, side * 1.9), height = side;
-    let top = 10;
+    const width = Math.min(room / columns, side * 1.9);
+    height = height || side;
+    let top = 10, rows = 0;
     const bands = levelOf(level).map((tiles, number) => {
       const first = Math.floor(tiles.origin / columns), last = Math.ceil((tiles.origin + tiles.length) / columns);
-      const band = { area: areas[number], tiles, first, rows: last - first, top: top + HEAD, bottom: top + HEAD + Math.max((last - first) * height, 12) };
-      top = band.bottom + GAP;
+      // The name of a single row is beside its tiles, if they leave room.
+      const beside = last - first === 1 && tiles.length * width < room / 2;
+      const start = top + (beside ? 0 : HEAD);
+      const band = { area: areas[number], tiles, first, beside, rows: last - first, top: start, bottom: start + Math.max((last - first) * height, 14) };
+      top = band.bottom + (beside ? GAP / 2 : GAP);
+      rows += band.rows;
       return band;
     });
-    return { z, level, columns, width, height, bands, total: top };
+    return { z, level, columns, width, height, bands, total: top, rows };
   };
   const largest = () => {
     let z = 0;
@@ -214,7 +219,15 @@
       context.fillStyle = theme.css.text;
       const names = [...new Set(band.area.parts.map((part) => part.block))];
       const title = band.area.block === null ? names.join(", ") : `block ${band.area.block}`;
-      context.fillText(title, LEFT, band.top - scrolled - HEAD / 2, width - LEFT - RIGHT);
+      if (band.beside) {
+        const column = ((band.tiles.origin % layout.columns) + layout.columns) % layout.columns;
+        const right = (column + band.tiles.length) * layout.width, y = band.top - scrolled + Math.max(layout.height, 14) / 2;
+        const before = right > (width - LEFT - RIGHT) / 2;
+        context.textAlign = before ? "right" : "left";
+        context.fillText(title, LEFT + (before ? column * layout.width - 8 : right + 8), y, (width - LEFT - RIGHT) / 2);
+      } else {
+        context.fillText(title, LEFT, band.top - scrolled - HEAD / 2, width - LEFT - RIGHT);
+      }
       const from = Math.max(0, Math.floor((scrolled - band.top) / layout.height));
       const to = Math.min(band.rows, Math.ceil((scrolled + height - band.top) / layout.height));
       const every = 2 ** Math.max(0, Math.ceil(Math.log2(20 / layout.height)));
@@ -294,6 +307,9 @@
 
   const relayout = () => {
     layout = layOut(zoom);
+    const left = scroller.clientHeight - layout.total;
+    // All fits: higher tiles, up to squares.
+    if (left > 0 && zoom >= 0) layout = layOut(zoom, Math.min(layout.width, layout.height + left / layout.rows));
     $("spacer").style.height = `${layout.total}px`;
     draw();
   };
@@ -358,12 +374,13 @@
     return list;
   };
   const dump = (bytes, place) => {
-    const lines = [];
-    for (let at = 0; at < bytes.length; at += 16) {
-      const part = [...bytes.subarray(at, at + 16)];
+    const lines = [], each = $("detail").clientWidth > 540 ? 16 : 8;
+    for (let at = 0; at < bytes.length; at += each) {
+      const part = [...bytes.subarray(at, at + each)];
       const left = part.map((byte) => byte.toString(16).padStart(2, "0"));
       const text = part.map((byte) => byte >= 32 && byte < 127 ? String.fromCharCode(byte) : ".").join("");
-      lines.push(`${(place + BigInt(at)).toString(16).padStart(9, "0")} ${left.slice(0, 8).join(" ")}  ${left.slice(8).join(" ")} ${text}`);
+      const halves = each === 16 ? [left.slice(0, 8), left.slice(8)] : [left.slice(0, 4), left.slice(4)];
+      lines.push(`${(place + BigInt(at)).toString(16).padStart(9, "0")}  ${halves.map((half) => half.join(" ")).join("  ")}  ${text}`);
     }
     return lines.join("\n");
   };

@@ -16,7 +16,8 @@ from pyqmigrate.analysis.picture.rows import NOTHING, Row, rows_of
 __all__ = ["Colours", "colours_of", "draw", "grid", "theme_of"]
 
 _LABEL = 13  # characters of an address, and a space
-_ROWS = 40
+_ROWS = {8: 20, 16: 32, 32: 40, 64: 40}  # by columns
+_MOST_ROWS = 64
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SIGNS = {Kind.NOTHING: " ", Kind.HOLE: "·", Kind.ZERO: "0", Kind.FILLED: "="}
 _ASCII = {"·": ".", "─": "-"} | {block: str(n + 1) for n, block in enumerate(_BLOCKS)}
@@ -59,7 +60,7 @@ def grid(width: int) -> tuple[int, int]:
     columns = 8
     while columns * 2 + _LABEL <= width:
         columns *= 2
-    return columns, columns * _ROWS
+    return columns, columns * _ROWS.get(columns, _MOST_ROWS)
 
 
 def draw(
@@ -75,11 +76,15 @@ def draw(
     painter = Painter(THEMES[theme], compared=compared)
     legend = legend_of(found)
     yield from legend.title
-    for number, (_, group) in enumerate(itertools.groupby(_numbered(found, columns), _by_area)):
-        rows = [row for _, row in group]
-        if number:
+    long = False  # whether the area before takes more than a line
+    for _, group in itertools.groupby(_numbered(found, columns), _by_area):
+        lines = [
+            *_lines([row for _, row in group], painter, colours, plain, width, columns, encoding)
+        ]
+        if long or len(lines) > 1:
             yield ""
-        yield from _lines(rows, painter, colours, plain, width, columns, encoding)
+        long = len(lines) > 1
+        yield from lines
     yield ""
     for text, sample in legend.entries(painter):
         sign = _plain_sample(sample, encoding) if plain else _colour_sample(sample, colours)
