@@ -132,6 +132,8 @@ static int map_range(struct mapper *m, uint64_t first, uint64_t end)
             return (int)data;
         count_holes(m, first, (uint64_t)data);
         first = (uint64_t)data;
+        if (first == end)
+            break;
         uint64_t to = end - first < most ? end : first + most;
         int rc = map_step(m, first, to);
         if (rc)
