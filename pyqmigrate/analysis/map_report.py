@@ -87,7 +87,7 @@ class MemoryMap:
             "by": str(self.by),
             "length": self.length,
             "cell_size": self.cell_size,
-            "pages": asdict(self.pages),
+            "counts": _counts(self.pages),
             "levels": list(self.levels),
             "working_set": self.working_set,
             "bytes_read": self.bytes_read,
@@ -114,14 +114,20 @@ def _cells(mapped: MappedArea) -> Iterator[Cell]:
     return (mapped.cell(number) for number in range(len(mapped)))
 
 
-def _cell(cell: Cell) -> dict[str, Any] | None:
-    if not cell.mapped:
-        return None
+def _cell(cell: Cell) -> dict[str, Any]:
+    shares = {
+        f"{name}_share": round(getattr(cell, name), 3)
+        for name in ("data", "filled", "zero", "changed", "touched")
+    }
+    return {"mapped": cell.mapped, **shares, "entropy": round(cell.entropy, 2)}
+
+
+def _counts(pages: Counts) -> dict[str, int]:
     return {
-        "data": round(cell.data, 3),
-        "filled": round(cell.filled, 3),
-        "zero": round(cell.zero, 3),
-        "entropy": round(cell.entropy, 2),
-        "changed": round(cell.changed, 3),
-        "touched": round(cell.touched, 3),
+        "data_pages": pages.data,
+        "filled_pages": pages.filled,
+        "stored_zero_pages": pages.zero,
+        "hole_pages": pages.hole,
+        "changed_pages": pages.changed,
+        "touched_pages": pages.touched,
     }

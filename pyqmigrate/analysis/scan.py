@@ -97,7 +97,8 @@ def memory_map(
             scan.name = snapshot.source.name
         elif isinstance(snapshot, str | os.PathLike):
             scan.name = os.fsdecode(snapshot)
-        scan.place(order, extent, cells)
+        with naming(ready[0]):
+            scan.place(order, extent, cells)
         scan.compare(ready[1] if other is not None else None, seals, working_set)
         return scan.run(started)
 

@@ -15,13 +15,14 @@ not known; ``--by block`` shows each block by itself. A RANGE is FROM-TO or FROM
 addresses, or BLOCK, BLOCK:FROM-TO or BLOCK:FROM+LENGTH for a part of a block.
 
 JSON: ``snapshot``; ``against`` (what was compared with, or null); ``machine``; ``by`` (address or block);
-``length`` (bytes shown); ``cell_size`` (bytes); ``pages``, numbers of them: ``data``, ``filled`` (one word
-again and again), ``zero`` (stored zeros), ``hole`` (not stored), ``changed``, ``touched``; ``levels`` (data
-pages by entropy, half a bit a byte each, from 0 on); ``working_set`` (whether it is known); ``areas``, a list
-of ``block`` (null: guest-physical addresses), ``start``, ``end``, ``parts`` (a list of ``block``, ``offset``,
-``length``, ``start``) and ``cells`` (null without memory, else ``data``, ``filled``, ``zero``, ``changed``,
-``touched``, shares of the pages, and ``entropy``, in bits a byte); ``bytes_read``; ``seconds``; ``notes``
-(sentences); with a file ``picture``, its path, and no ``areas``.
+``length`` (bytes shown); ``cell_size`` (bytes); ``counts``: ``data_pages``, ``filled_pages`` (one word again
+and again), ``stored_zero_pages``, ``hole_pages`` (zeros that are not stored), ``changed_pages``,
+``touched_pages``; ``levels`` (data pages by entropy, half a bit a byte each, from 0 on); ``working_set``
+(whether it is known); ``areas``, a list of ``block`` (null: guest-physical addresses), ``start``, ``end``,
+``parts`` (a list of ``block``, ``offset``, ``length``, ``start``) and ``cells`` (a list of ``mapped``, false
+without memory; ``data_share``, ``filled_share``, ``zero_share``, ``changed_share``, ``touched_share``, of the
+pages; ``entropy`` of the data, in bits a byte); ``bytes_read``; ``seconds``; ``notes`` (sentences); with a
+file ``picture``, its path, and no ``areas``.
 """
 
 from __future__ import annotations

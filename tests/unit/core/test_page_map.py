@@ -105,9 +105,7 @@ def test_a_structure_that_repeats_hides_nothing_from_the_sample(
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.1, 0.5, 3.0, 100.0])
-def test_the_entropy_of_bytes_of_one_distribution_is_right_within_half_a_bit(
-    alpha: float,
-) -> None:
+def test_the_entropy_of_bytes_of_one_distribution_is_right_within_half_a_bit(alpha: float) -> None:
     rng = np.random.default_rng(7)
     drawn = []
     for _ in range(100):
