@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pyqmigrate.analysis.map_report import MemoryMap
 from pyqmigrate.analysis.picture.colours import Painter, Rgb
 
-__all__ = ["Legend", "legend_of", "names_of", "show_bytes"]
+__all__ = ["Legend", "legend_of", "names_of", "printable", "show_bytes"]
 
 Sample = Sequence[tuple[bytes, Rgb]]  # a cell that looks so, and its colour
 

@@ -6,14 +6,15 @@ import enum
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pyqmigrate.analysis.map_report import MemoryMap
 from pyqmigrate.analysis.picture.colours import THEMES, Kind, Painter, Rgb, ThemeName, kind_of
 from pyqmigrate.analysis.picture.labels import legend_of, names_of
 from pyqmigrate.analysis.picture.rows import NOTHING, Row, rows_of
 
-__all__ = ["Colours", "colours_of", "draw", "grid", "theme_of"]
+__all__ = ["Colours", "colours_of", "draw", "grid", "terminal_width", "theme_of"]
 
 _LABEL = 13  # characters of an address, and a space
 _ROWS = {8: 20, 16: 32, 32: 40, 64: 40}  # by columns
@@ -27,6 +28,9 @@ _SIXTEEN: tuple[Rgb, ...] = (
     (170, 170, 170), (85, 85, 85), (255, 85, 85), (85, 255, 85), (255, 255, 85), (85, 85, 255),
     (255, 85, 255), (85, 255, 255), (255, 255, 255),
 )  # fmt: skip
+# Which of them are the classes, and data by two bits of entropy: mixtures would all be grey.
+_OF_KIND = {Kind.HOLE: 8, Kind.ZERO: 7, Kind.FILLED: 14, Kind.TOUCHED: 13, Kind.CHANGED: 9}
+_OF_ENTROPY = (4, 6, 2, 11)
 _RESET = "\x1b[0m"
 
 
@@ -74,12 +78,13 @@ def draw(
     plain = colours is Colours.NONE or not _has_blocks(encoding)
     compared = found.against is not None or found.working_set
     painter = Painter(THEMES[theme], compared=compared)
+    paint = _of_sixteen if colours is Colours.SIXTEEN else painter
     legend = legend_of(found)
     yield from legend.title
     long = False  # whether the area before takes more than a line
     for _, group in itertools.groupby(_numbered(found, columns), _by_area):
         lines = [
-            *_lines([row for _, row in group], painter, colours, plain, width, columns, encoding)
+            *_lines([row for _, row in group], paint, colours, plain, width, columns, encoding)
         ]
         if long or len(lines) > 1:
             yield ""
@@ -87,7 +92,12 @@ def draw(
         yield from lines
     yield ""
     for text, sample in legend.entries(painter):
-        sign = _plain_sample(sample, encoding) if plain else _colour_sample(sample, colours)
+        if plain:
+            sign = "".join(_sign(cell, encoding) for cell, _ in sample)
+        elif colours is Colours.SIXTEEN:
+            sign = _half_blocks([(paint(cell),) * 2 for cell, _ in sample], colours)
+        else:
+            sign = _half_blocks([(colour, colour) for _, colour in sample], colours)
         yield f"{sign} {text}"
 
 
@@ -104,7 +114,7 @@ def _by_area(item: tuple[int, Row]) -> int:
 
 def _lines(
     rows: Sequence[Row],
-    painter: Painter,
+    paint: Callable[[bytes], Rgb | None],
     colours: Colours,
     plain: bool,
     width: int,
@@ -126,7 +136,7 @@ def _lines(
             body = "".join(_sign(cell, encoding) for cell in upper.cells[:used])
         else:
             pairs = zip(upper.cells[:used], below[:used], strict=True)
-            body = _half_blocks([(painter(a), painter(b)) for a, b in pairs], colours)
+            body = _half_blocks([(paint(a), paint(b)) for a, b in pairs], colours)
         yield f"{upper.start:#{_LABEL - 1}x} {body} {names}".rstrip(" ")
 
 
@@ -204,18 +214,15 @@ def _nearest(colour: Rgb, choices: Sequence[Rgb]) -> int:
     return min(range(len(choices)), key=distance)
 
 
-def _colour_sample(sample: Sequence[tuple[bytes, Rgb]], colours: Colours) -> str:
-    # Twice the same, as one block.
-    return _half_blocks([(colour, colour) for _, colour in sample], colours)
-
-
-def _plain_sample(sample: Sequence[tuple[bytes, Rgb]], encoding: str) -> str:
-    return "".join(_sign(cell, encoding) for cell, _ in sample)
+def _of_sixteen(cell: bytes) -> Rgb | None:
+    kind = kind_of(cell)
+    if kind is Kind.NOTHING:
+        return None
+    number = _OF_ENTROPY[min(cell[4] // 64, 3)] if kind is Kind.DATA else _OF_KIND[kind]
+    return _SIXTEEN[number]
 
 
 def terminal_width(environment: Mapping[str, str] = os.environ) -> int:
     """Return the width of the terminal: COLUMNS, or as the system says, or 80."""
-    import shutil
-
     given = environment.get("COLUMNS", "")
     return int(given) if given.isdecimal() and int(given) else shutil.get_terminal_size().columns
