@@ -95,7 +95,7 @@ def draw(
         if plain:
             sign = "".join(_sign(cell, encoding) for cell, _ in sample)
         elif colours is Colours.SIXTEEN:
-            sign = _half_blocks([(paint(cell),) * 2 for cell, _ in sample], colours)
+            sign = _half_blocks([(paint(cell), paint(cell)) for cell, _ in sample], colours)
         else:
             sign = _half_blocks([(colour, colour) for _, colour in sample], colours)
         yield f"{sign} {text}"
@@ -201,7 +201,7 @@ def _of_256(colour: Rgb) -> int:
     light = sum(colour) // 3
     grey = min(range(len(greys)), key=lambda n: abs(greys[n] - light))
     red, green, blue = (levels[n] for n in cube)
-    choices = ((red, green, blue), (greys[grey],) * 3)
+    choices = ((red, green, blue), (greys[grey], greys[grey], greys[grey]))
     if _nearest(colour, choices) == 1:
         return 232 + grey
     return 16 + 36 * cube[0] + 6 * cube[1] + cube[2]
