@@ -22,8 +22,7 @@ def check_available() -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise NotSupported(
-            "an image needs Pillow, which is not installed: pip install 'pyqmigrate[pictures]', or "
-            "write SVG or HTML"
+            "an image needs Pillow, which is not installed: pip install pillow, or write --svg or --html"
         ) from error
 
 

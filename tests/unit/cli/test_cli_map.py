@@ -118,4 +118,4 @@ def test_it_says_what_is_missing_for_an_image(
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     ran = command("map", snapshot, "--png", tmp_path / "picture.png")
     assert ran.code == 5
-    assert "pyqmigrate[pictures]" in ran.err
+    assert "pip install pillow" in ran.err
