@@ -17,8 +17,8 @@ NOTHING = bytes(SUMMARY)  # the summary of a cell without memory
 class Row:
     """A row of a picture. ``start`` is the address, or the offset in ``block``, of its first cell.
 
-    ``cells`` are summaries, one for each column. ``names`` are the blocks that begin here, or at the
-    start of an area are shown. ``first``: whether an area begins.
+    ``cells`` are summaries, one for each column. ``names`` are the blocks of which a part begins here.
+    ``first``: whether an area begins.
     """
 
     block: str | None
