@@ -35,6 +35,10 @@ SOURCES = [
     "compare.c",
     "contiguous.c",
     "page_states.c",
+    "filled.c",
+    "entropy.c",
+    "classify.c",
+    "page_map.c",
     "stash.c",
     "blake3.c",
     "dedup.c",
@@ -49,6 +53,7 @@ HEADERS = [
     "records.h",
     "xxh3.h",
     "pagemap.h",
+    "page_class.h",
     "blake3.h",
 ]
 # A qm_write_hook, implemented in pyqmigrate/core.py.

@@ -1,37 +1,15 @@
 /* Pages of a snapshot -> which of them a store has, and the others, gathered. */
 #include "blake3.h"
+#include "page_class.h"
 
 #include <errno.h>
 #include <string.h>
 
 #define PAGE QM_STORE_PAGE
-#define STRIDE 256u /* bytes compared between two decisions */
-#define AHEAD 4096u
 
 typedef uint64_t word __attribute__((may_alias, aligned(1)));
 
 /* ---- kinds of pages ------------------------------------------------------------------------- */
-
-/* Whether all words of the page are its first. */
-static int is_filled(const unsigned char *page)
-{
-    const word first = *(const word *)page;
-    for (size_t i = 0; i < PAGE; i += STRIDE) {
-        const word *w = (const word *)(page + i);
-        uint64_t a = 0, b = 0, c = 0, d = 0;
-        for (size_t line = 0; line < STRIDE; line += 64)
-            __builtin_prefetch(page + i + AHEAD + line);
-        for (unsigned k = 0; k < STRIDE / sizeof(word); k += 4) {
-            a |= w[k] ^ first;
-            b |= w[k + 1] ^ first;
-            c |= w[k + 2] ^ first;
-            d |= w[k + 3] ^ first;
-        }
-        if (a | b | c | d)
-            return 0;
-    }
-    return 1;
-}
 
 static int is_set(const uint64_t *bits, uint64_t k)
 {
@@ -96,7 +74,7 @@ int qm_examine_pages(const unsigned char *key, const struct qm_block *block, con
             kinds[k] = QM_PAGE_ZERO;
             continue;
         }
-        if (is_filled(bytes)) {
+        if (page_filled(bytes, PAGE)) {
             memcpy(digests, bytes, sizeof(uint64_t));
             kinds[k] = *(const word *)bytes ? QM_PAGE_FILLED : QM_PAGE_ZERO;
             continue;

@@ -722,6 +722,72 @@ struct qm_comparison {
 int qm_compare_memories(struct qm_comparison *comparison, qm_channel *channel, uint64_t first,
                         uint64_t npages, struct qm_fault *fault);
 
+/* ---- a map of pages ------------------------------------------------------------------------- */
+
+/* The class of a page: QM_CLASS_ZERO, QM_CLASS_FILLED (one 64-bit word, not 0, again and again), or of
+ * any other page its entropy in 1/256 bit a byte, 0 to 2048.
+ *
+ * The entropy is that of the frequencies of its bytes, estimated: QM_ENTROPY_SAMPLE bytes are counted,
+ * of a page of 4 KiB one line of each eight, which rotates, so that every part of a structure is seen
+ * that repeats every 512 bytes or less. That of a longer page is the mean over its pieces of 4 KiB. */
+#define QM_ENTROPY_SAMPLE 512u
+#define QM_CLASS_ZERO 0xffffu
+#define QM_CLASS_FILLED 0xfffeu
+
+/* Put the classes of `npages` pages at `bytes` into `classes`. -EINVAL for a bad page size. */
+int qm_classify(const void *bytes, uint64_t npages, uint32_t page_size, uint16_t *classes);
+
+/* What is in a cell of a map: numbers of pages, and the sum of the entropies of its data pages. A hole
+ * is a page that is not stored, zero a stored page of zeros. */
+struct qm_cell {
+    uint64_t entropy;
+    uint32_t data;
+    uint32_t filled;
+    uint32_t zero;
+    uint32_t hole;
+    uint32_t changed;
+    uint32_t touched;
+};
+
+/* Entropies are counted in QM_LEVELS levels of QM_LEVEL / 256 bit. */
+#define QM_LEVELS 16
+#define QM_LEVEL 128
+
+/* A part of a block on a map. Several channels can use it at once, and several parts can have cells in
+ * common, one after the other.
+ *   memory      has `fill`, and npages * page_size bytes. What `next` passes over is holes.
+ *   lead        how many pages of the first cell are before the part, less than cell_pages.
+ *   cell_pages  pages of a cell, at most UINT32_MAX.
+ *   cells       `ncells`, enough for all pages; counts are added to them.
+ *   levels      data pages by their entropy are added to these. */
+struct qm_page_map {
+    qm_job *job;
+    const struct qm_memory *memory;
+    uint64_t npages;
+    uint32_t page_size;
+    uint64_t lead;
+    uint64_t cell_pages;
+    struct qm_cell *cells;
+    size_t ncells;
+    uint64_t levels[16]; /* QM_LEVELS */
+};
+
+/* Count the pages [first, first + npages) in their cells. Holes are not read. */
+int qm_map_pages(struct qm_page_map *map, qm_channel *channel, uint64_t first, uint64_t npages,
+                 struct qm_fault *fault);
+
+#define QM_CHANGED 1
+#define QM_TOUCHED 2
+
+/* Add those of the bits [from, from + map->npages) that are set to a field of the cells. One thread. */
+int qm_map_bits(struct qm_page_map *map, const uint64_t *bits, uint64_t from, int field);
+
+/* Put QM_SUMMARY bytes for each cell at `summaries`: whether it has pages; the shares of its pages
+ * with data, filled and zero; the mean entropy of data in 1/32 bit; the shares of changed and of
+ * touched pages; 0. A share is 0 to 255: 0 only if there are none, 255 only if all are. */
+#define QM_SUMMARY 8
+void qm_summarize_cells(const struct qm_cell *cells, size_t ncells, unsigned char *summaries);
+
 /* ---- states of pages ------------------------------------------------------------------------ */
 
 /* A block that a process has mapped, at `address`. `pagemap` is /proc/PID/pagemap of it; `has_scan`

@@ -52,3 +52,24 @@ def test_scan_of_used_memory(benchmark: Any, memories: Memories, contents: Conte
             lib.qm_scan, args=(data, SIZE // 4096, 4096, bits), rounds=9, warmup_rounds=1
         )
     assert found > 0
+
+
+@pytest.mark.parametrize("contents", Contents)
+def test_classes_of_used_memory(benchmark: Any, memories: Memories, contents: Contents) -> None:
+    """Zero, filled, or the entropy: what a map reads of each page, beside the plain sum."""
+    classes = ffi.new("uint16_t[]", SIZE // 4096)
+    benchmark.group = "scan"
+    benchmark.extra_info["bytes"] = SIZE
+    with ffi.from_buffer(memories(contents)) as data:
+        rc = benchmark.pedantic(
+            lib.qm_classify, args=(data, SIZE // 4096, 4096, classes), rounds=9, warmup_rounds=1
+        )
+    assert rc == 0
+
+
+def test_plain_sum_of_used_memory(benchmark: Any, memories: Memories) -> None:
+    benchmark.group = "scan"
+    benchmark.extra_info["bytes"] = SIZE
+    with ffi.from_buffer(memories(Contents.DENSE)) as data:
+        total = benchmark.pedantic(lib.qm_sum, args=(data, SIZE), rounds=9, warmup_rounds=1)
+    assert total > 0

@@ -16,20 +16,19 @@ import time
 from collections.abc import Callable, Iterator
 
 from pyqmigrate.analysis.addresses import page_ranges, placements
+from pyqmigrate.analysis.block_comparison import comparable, compared_block, opened, unreadable
 from pyqmigrate.analysis.device_comparison import compare_devices, compare_fields
 from pyqmigrate.analysis.naming import naming
 from pyqmigrate.analysis.report import BlockDiff, DiffReport
 from pyqmigrate.analysis.selection import Selector
 from pyqmigrate.argument_types import check, check_callback
-from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.address_space.placement import Placement
 from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.page_comparison import PageComparison, compare_pages
-from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
-from pyqmigrate.snapshot.base import Snapshot, error_from_errno
-from pyqmigrate.snapshot.detect import snapshot_of
+from pyqmigrate.snapshot.base import Snapshot
 
 __all__ = ["diff"]
 
@@ -70,38 +69,20 @@ def diff(
     check_callback("progress", progress)
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        opened = []
+        both = []
         for target in (a, b):
             with naming(target):
-                snapshot = stack.enter_context(_opened(target, page_size, base))
+                snapshot = stack.enter_context(opened(target, page_size, base))
                 snapshot.prepare_random_reads(progress)
                 if not snapshot.stream.complete:
                     raise SnapshotError(
                         "the end of the stream is missing: device state is cut off",
                         offset=snapshot.stream.end,
                     )
-            opened.append(snapshot)
-        work = _Comparison(opened[0], opened[1], seals, channels)
+            both.append(snapshot)
+        work = _Comparison(both[0], both[1], seals, channels)
         stack.callback(work.close)
         return work.run(pages, fields, progress, started)
-
-
-@contextlib.contextmanager
-def _opened(
-    target: Snapshot | Target, page_size: int | None, base: str | os.PathLike[str] | None
-) -> Iterator[Snapshot]:
-    if isinstance(target, Snapshot):
-        yield target
-        return
-    with _open(target, page_size, base) as snapshot:
-        yield snapshot
-
-
-def _open(target: Target, page_size: int | None, base: str | os.PathLike[str] | None) -> Snapshot:
-    stream_file = StreamFile.open(target)
-    # One of the two may be a whole snapshot, which has no base.
-    given = None if stream_file.increment is None else base
-    return snapshot_of(stream_file, page_size=page_size, base=given)
 
 
 class _Comparison:
@@ -121,8 +102,8 @@ class _Comparison:
     ) -> DiffReport:
         a, b = self._a, self._b
         for name in a.blocks:
-            if name in b.blocks and not (a.blocks[name].external or b.blocks[name].external):
-                self._blocks[name] = self._comparison(name)
+            if comparable(a, b, name):
+                self._blocks[name] = compared_block(a, b, name, self._selector)
         comparisons = [*self._blocks.values()]
         total = sum(each.selected_pages * each.page_size for each in comparisons)
         job = Job(
@@ -149,32 +130,8 @@ class _Comparison:
             notes=tuple(self._notes),
         )
 
-    def _comparison(self, name: str) -> PageComparison:
-        a, b = self._a.blocks[name], self._b.blocks[name]
-        page_size, shorter = max(a.page_size, b.page_size), min(a.length, b.length)
-        if shorter % page_size:
-            raise NotSupported(
-                f"block {name!r} has pages of {a.page_size} and of {b.page_size} bytes, and "
-                f"{shorter} bytes are not whole pages of both"
-            )
-        selection = self._selector.pages(name)
-        try:
-            with naming(self._a):
-                memory = a.memory()
-            with naming(self._b):
-                memories = memory, b.memory()
-            return PageComparison(name, memories, shorter // page_size, page_size, selection)
-        except BaseException:
-            if selection is not None:
-                selection.close()
-            raise
-
     def _unreadable(self, number: int, side: int, block: str) -> Exception:
-        source = (self._a, self._b)[side].source
-        error = error_from_errno(number, source, block)
-        if isinstance(error, SnapshotError):
-            error.add_note(f"{source.name}: ")
-        return error
+        return unreadable(number, (self._a, self._b)[side], block)
 
     def _found(
         self, pages: bool, progress: Callable[[Progress], object] | None

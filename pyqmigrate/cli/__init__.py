@@ -64,6 +64,7 @@ _VERBS = (
     "find",
     "strings",
     "read",
+    "map",
     "convert",
     "compact",
     "store",

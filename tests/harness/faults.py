@@ -475,6 +475,16 @@ def compact_whole(directory: Path, done: bool) -> None:
         assert holds(directory / "plain", NEW_BLOCKS)
 
 
+def with_a_page(directory: Path, done: bool) -> None:
+    """The page whole, or none."""
+    page = directory / "page"
+    assert not done or page.exists()
+    if page.exists():
+        assert page.read_text().rstrip().endswith("</html>")
+        page.unlink()
+    unchanged(directory, done)
+
+
 def core(directory: Path, done: bool) -> None:
     assert names(directory) <= {"from", "new"}, names(directory)
     assert not done or (directory / "new").read_bytes()[:4] == b"\x7fELF"
@@ -598,6 +608,10 @@ WORK: dict[str, Work] = {
     ),
     "the command read": Work(a_mapped_one, told("read", "DIR/from", "small:0", "4096"), unchanged),
     "the command info": Work(a_sequential_one, told("info", "DIR/from"), unchanged),
+    "the command map": Work(a_mapped_one, told("map", "DIR/from"), unchanged),
+    "the command map --html": Work(
+        a_mapped_one, told("map", "DIR/from", "--html", "DIR/page"), with_a_page
+    ),
     "the command fleet verify": Work(
         a_mapped_one, told("fleet", "verify", "DIR/from", "--jobs", "1"), unchanged
     ),

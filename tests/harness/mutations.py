@@ -354,6 +354,13 @@ VERBS: dict[str, Verb] = {
     "strings --utf-16": command_line("strings", "DIR/file", "--utf-16"),
     "read": command_line("read", "DIR/file", "pc.ram:0x3000", "65536"),
     "read at an address": command_line("read", "DIR/file", "@0x3000", "65536", "--json"),
+    "map": command_line("map", "DIR/file", index=False),
+    "map --json --by": command_line("map", "DIR/file", "--json", "--by", "block", index=False),
+    "map OTHER": command_line("map", "DIR/file", "DIR/file", "--cells", "64", index=False),
+    **{
+        f"map --{form}": command_line("map", "DIR/file", f"--{form}", "DIR/to", index=False)
+        for form in ("html", "svg")
+    },
     "store add": add_to_store,
     "fleet add": fleet_add,
     "mount": show,

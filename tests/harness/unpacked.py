@@ -15,7 +15,7 @@ _ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyq
 
 
 def unpacked(name: str) -> Path:
-    """The root of the packages unpacked as ``name``: targets, linux, libvirt, crash, fuse
+    """The root of the packages unpacked as ``name``: targets, linux, libvirt, crash, chromium, fuse
     or qemu-img."""
     root = _ROOT / name
     if not (root / ".complete").exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pyqmigrate
+import pyqmigrate.analysis
 import pyqmigrate.fleet
 import pyqmigrate.store
 import pyqmigrate.vm
@@ -31,7 +32,7 @@ def named(*names):
 
 @pytest.mark.parametrize(
     "package",
-    [pyqmigrate, pyqmigrate.fleet, pyqmigrate.store, pyqmigrate.vm],
+    [pyqmigrate, pyqmigrate.analysis, pyqmigrate.fleet, pyqmigrate.store, pyqmigrate.vm],
     ids=lambda package: package.__name__,
 )
 def test_every_public_name_is_there_and_listed(package):
@@ -155,7 +156,7 @@ def test_live_methods_are_loaded_only_for_a_live_save():
 
 @pytest.mark.parametrize(
     "package",
-    [pyqmigrate, pyqmigrate.fleet, pyqmigrate.store, pyqmigrate.vm],
+    [pyqmigrate, pyqmigrate.analysis, pyqmigrate.fleet, pyqmigrate.store, pyqmigrate.vm],
     ids=lambda package: package.__name__,
 )
 def test_no_module_hides_a_public_name(package):

@@ -1,0 +1,1 @@
+"""Pictures of a memory map: on a terminal, as PNG, SVG or HTML."""
