@@ -41,8 +41,6 @@ void qm_channel_destroy(qm_channel *channel)
     if (!channel)
         return;
     qm_queue_close(&channel->queue);
-    if (channel->looked && channel->pagemap >= 0)
-        close(channel->pagemap);
     for (int k = 0; k < QM_BUFFERS; k++) {
         if (!channel->buffers[k])
             continue;

@@ -40,7 +40,6 @@ struct qm_channel {
     const struct qm_memory *memory;
     uint64_t data_from;
     uint64_t data_to;
-    int looked, pagemap; /* of this process, opened on first use; -1: there is none */
     struct qm_queue queue;
 };
 
@@ -48,9 +47,6 @@ struct qm_channel {
 unsigned char *qm_channel_buffer(qm_channel *channel, int k);
 /* Return the number of a buffer that no transfer uses. */
 int qm_channel_next(qm_channel *channel, qm_job *job);
-
-/* Return whether the page that contains `byte`, which may be read, is mapped as part of a huge page. */
-int qm_channel_maps_huge(qm_channel *channel, const unsigned char *byte);
 
 /* Start a transfer of whole units. The error may be that of an earlier transfer; *bad is its file
  * position. -ENODATA: the file ends within the transfer. `buffer` is the bounce buffer that `iov`

@@ -153,7 +153,7 @@ static int use_mapping(struct qm_source *s, const struct chunk *c)
     uint64_t end = c->off + c->len;
     uint64_t data = (uint64_t)qm_next_data(m, c->off, end);
     return holes_are_pages(s->transfer) &&
-           (data == end || qm_channel_maps_huge(s->channel, m->base + data));
+           (data == end || qm_maps_huge(s->pagemap, m->base + data));
 }
 
 int qm_chunk_load(struct qm_source *s, struct chunk *c, uint64_t first, uint64_t end)

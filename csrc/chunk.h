@@ -15,6 +15,7 @@ struct qm_source {
     uint64_t longest_gap; /* bytes: longer holes are left undefined where a chunk is copied */
     int look_for_holes;   /* at the start of a chunk that has to be copied */
     int direct;           /* where the chunks go: small pages of a file are copied first */
+    int pagemap;          /* /proc/self/pagemap for direct I/O; -1 if there is none */
 };
 
 struct chunk {
@@ -36,6 +37,11 @@ int qm_chunk_load(struct qm_source *s, struct chunk *c, uint64_t first, uint64_t
 /* Copy `len` bytes at `off` of memory that is a file or has no address. Returns the number of bytes,
  * fewer when the memory ends early, or -errno. */
 ssize_t qm_memory_fill(const struct qm_memory *memory, void *buf, uint64_t off, size_t len);
+
+/* Return a descriptor of /proc/self/pagemap, or -1. */
+int qm_pagemap_open(void);
+/* Return whether the page that contains `byte`, which may be read, is mapped as part of a huge page. */
+int qm_maps_huge(int pagemap, const unsigned char *byte);
 
 static inline int memory_fault(struct qm_fault *fault, uint64_t off, int rc)
 {

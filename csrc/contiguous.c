@@ -1,7 +1,7 @@
 /* Whether memory of this process is in large contiguous pieces of the machine's memory. */
 #define _GNU_SOURCE
 #include "pagemap.h"
-#include "channel.h"
+#include "chunk.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -45,25 +45,21 @@ static int is_huge(int pagemap, uint64_t address, uint64_t end)
     return huge > (end - address) / 2;
 }
 
-static int open_pagemap(qm_channel *channel)
+int qm_pagemap_open(void)
 {
-    if (!channel->looked) {
-        channel->looked = 1;
-        channel->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    }
-    return channel->pagemap;
+    return open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 }
 
-int qm_channel_maps_huge(qm_channel *channel, const unsigned char *byte)
+int qm_maps_huge(int pagemap, const unsigned char *byte)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), address = (uintptr_t)byte / page * page;
     (void)*(const volatile unsigned char *)byte; /* what is not mapped yet has no size */
-    return is_huge(open_pagemap(channel), address, address + page);
+    return is_huge(pagemap, address, address + page);
 }
 
-int qm_channel_scattered(qm_channel *channel, const unsigned char *bytes, size_t len)
+int qm_is_scattered(int pagemap, const unsigned char *bytes, size_t len)
 {
-    if (open_pagemap(channel) < 0)
+    if (pagemap < 0)
         return 1;
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     uint64_t from = (uintptr_t)bytes / page, end = ((uintptr_t)bytes + len + page - 1) / page;
@@ -71,11 +67,10 @@ int qm_channel_scattered(qm_channel *channel, const unsigned char *bytes, size_t
     for (uint64_t at = from; at < end;) {
         uint64_t words[WORDS_AT_ONCE];
         size_t n = end - at < WORDS_AT_ONCE ? (size_t)(end - at) : WORDS_AT_ONCE;
-        ssize_t got =
-            pread(channel->pagemap, words, n * sizeof(words[0]), (off_t)(at * sizeof(words[0])));
+        ssize_t got = pread(pagemap, words, n * sizeof(words[0]), (off_t)(at * sizeof(words[0])));
         size_t some = got == (ssize_t)(n * sizeof(words[0])) ? count_pieces(words, n) : 0;
         if (some == 0)
-            return !is_huge(channel->pagemap, from * page, end * page);
+            return !is_huge(pagemap, from * page, end * page);
         pieces += some;
         at += n;
     }

@@ -83,10 +83,6 @@ typedef struct qm_channel qm_channel;
  * memory. */
 qm_channel *qm_channel_create(void);
 void qm_channel_destroy(qm_channel *channel);
-/* Return 1 when the pages that contain `bytes`, memory of this process, are in short pieces of the
- * machine's memory (on average under 32 KiB), also if that is unknown, else 0. Without CAP_SYS_ADMIN only
- * huge pages (Linux 6.7) are known not to be. */
-int qm_channel_scattered(qm_channel *channel, const unsigned char *bytes, size_t len);
 
 /* ---- memory --------------------------------------------------------------------------------- */
 
@@ -139,6 +135,11 @@ ssize_t qm_process_fill(void *process, void *buf, uint64_t off, size_t len);
 int64_t qm_process_next(void *process, uint64_t off, uint64_t end);
 /* Return 1 when the pagemap supports PAGEMAP_SCAN, 0 when it has to be read word by word. */
 int qm_process_can_scan(int pagemap);
+
+/* Return 1 when the pages that contain `bytes`, memory of this process, are in short pieces of the
+ * machine's memory (on average under 32 KiB), also if that is unknown, else 0. `pagemap` is a descriptor of
+ * /proc/self/pagemap or -1. Without CAP_SYS_ADMIN only huge pages (Linux 6.7) are known not to be. */
+int qm_is_scattered(int pagemap, const unsigned char *bytes, size_t len);
 
 /* Find the first touched page of private anonymous memory of this process. Returns its first byte
  * at or after `from`, an offset into `memory`; `end` when there is none; `from` when it cannot be

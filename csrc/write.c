@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #define ZEROS_ALIGN 4096u
 
@@ -36,6 +37,7 @@ static struct writer make_writer(const struct qm_transfer *t, qm_channel *channe
                 .fault = fault,
                 .longest_gap = t->policy->everything ? UINT64_MAX : t->policy->max_gap,
                 .look_for_holes = 1,
+                .pagemap = -1,
             },
     };
 }
@@ -290,7 +292,7 @@ static int write_copied(struct writer *w, const struct chunk *c, const uint64_t 
 static int is_scattered(struct writer *w, const struct chunk *c, uint64_t data_pages)
 {
     return w->unit > 1 && c->buffer < 0 && data_pages >= c->npages / 8 && data_pages > 0 &&
-           qm_channel_scattered(w->source.channel, c->bytes, c->len);
+           qm_is_scattered(w->source.pagemap, c->bytes, c->len);
 }
 
 /* Write a chunk from a bounce buffer. */
@@ -403,10 +405,14 @@ int qm_write(const struct qm_transfer *t, qm_channel *channel, uint64_t first, u
         w.unit = t->file->off_align;
         w.mem_align = t->file->mem_align;
         w.source.direct = 1;
+        if (t->memory->base)
+            w.source.pagemap = qm_pagemap_open();
         if (end > direct_pages(t))
             end = direct_pages(t);
     }
     rc = write_range(&w, first, end);
+    if (w.source.pagemap >= 0)
+        close(w.source.pagemap);
     off_t bad = 0;
     int late = qm_queue_drain(&channel->queue, t->job, &bad);
     return rc ? rc : write_fault(&w, bad, late);

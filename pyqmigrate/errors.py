@@ -66,7 +66,9 @@ class PyqmigrateError(Exception):
 
 def _rebuilt(kind: type[PyqmigrateError], args: tuple[object, ...]) -> PyqmigrateError:
     """Return an error of ``kind`` with these arguments, without its attributes."""
-    error = kind.__new__(kind, *args)
+    # The first __new__ of a class with two built-in bases need not be the one that is safe for it.
+    new = OSError.__new__ if issubclass(kind, OSError) else kind.__new__
+    error: PyqmigrateError = new(kind, *args)
     if isinstance(error, OSError):
         OSError.__init__(error, *args)
     return error

@@ -1,6 +1,6 @@
 r"""A regular expression over bytes, in the syntax of Python's ``re``.
 
-google-re2, if it is installed (``pip install pyqmigrate[search]``), searches instead of ``re``: several
+google-re2, if it is installed (``pip install google-re2``), searches instead of ``re``: several
 times as fast, and by all channels at once, since it needs no lock of the interpreter. It gets only
 expressions that mean the same to both; the result is the same with and without it.
 """

@@ -130,7 +130,8 @@ class _Events:
                 self.damages.append(event["error"])
             if not self._quiet and sys.stderr is not None:
                 print(f"pyqmigrate: {printable(event['error'])}", file=sys.stderr, flush=True)
-        self.status = {key: value for key, value in event.items() if key not in _OF_EVENTS}
+        if "pages_left" in event:  # not all tell how far it is
+            self.status = {key: value for key, value in event.items() if key not in _OF_EVENTS}
 
 
 def _connect(events: _Events, path: str) -> socket.socket:

@@ -39,7 +39,7 @@ class BlockArray:
         try:
             import numpy
         except ImportError:
-            raise NotSupported("as_array() needs numpy: pip install pyqmigrate[analysis]") from None
+            raise NotSupported("as_array() needs numpy: pip install numpy") from None
         self._block = block
         self._numpy = numpy
         self.dtype = numpy.dtype("u1")

@@ -25,6 +25,7 @@ from pyqmigrate import (
     SnapshotError,
     TargetError,
 )
+from pyqmigrate.errors import DamagedContent
 from pyqmigrate.store.damage import DamagedPack
 
 WAYS: dict[str, Callable[[PyqmigrateError], PyqmigrateError]] = {
@@ -44,6 +45,10 @@ ARGUMENTS: list[tuple[type[PyqmigrateError], list[Callable[[type], PyqmigrateErr
             lambda kind: kind("not what it was", b"pack", 3, 7, snapshot="a", store="/srv"),
             lambda kind: kind("missing", b"pack"),
         ],
+    ),
+    (
+        DamagedContent,
+        [lambda kind: kind("damaged", "/snap", position=0x2000), lambda kind: kind("damaged")],
     ),
     (
         NoSpace,

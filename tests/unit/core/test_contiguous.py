@@ -12,7 +12,6 @@ import sys
 import pytest
 
 from pyqmigrate._core import ffi, lib
-from tests.harness.kernel import new_channel
 
 PAGE = mmap.PAGESIZE
 PAGES = 4096
@@ -24,12 +23,13 @@ import ctypes, mmap, os
 from pyqmigrate._core import ffi, lib
 os.setgid(65534); os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is this user's again
+pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
 for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE):
     memory = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(advice)
     memory.write(b"x" * len(memory))
     bytes_ = ffi.from_buffer("unsigned char[]", memory)
-    print(lib.qm_channel_scattered(lib.qm_channel_create(), bytes_ + (2 << 20), 4 << 20))
+    print(lib.qm_is_scattered(pagemap, bytes_ + (2 << 20), 4 << 20))
 """
 
 
@@ -61,11 +61,11 @@ def test_memory_is_scattered_if_its_contiguous_pieces_are_short(group: int) -> N
     random.Random(group).shuffle(groups)
     memory = memory_touched_in([page for first in groups for page in range(first, first + group)])
     bytes_ = ffi.from_buffer("unsigned char[]", memory)
-    channel = new_channel()
-    found = [
-        lib.qm_channel_scattered(channel, bytes_ + first * PAGE, 1024 * PAGE)
-        for first in range(0, PAGES, 1024)
-    ]
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        found = [
+            lib.qm_is_scattered(pagemap.fileno(), bytes_ + first * PAGE, 1024 * PAGE)
+            for first in range(0, PAGES, 1024)
+        ]
     assert found == [is_scattered(memory, first, 1024) for first in range(0, PAGES, 1024)]
     if group == 1:
         assert all(found)
@@ -77,3 +77,7 @@ def test_an_ordinary_user_knows_huge_pages_only() -> None:
         [sys.executable, "-c", ORDINARY_USER], capture_output=True, text=True, check=True
     )
     assert ran.stdout.split() == ["0", "1"]
+
+
+def test_memory_is_scattered_if_nobody_tells_where_it_is() -> None:
+    assert lib.qm_is_scattered(-1, ffi.from_buffer(bytearray(1 << 20)), 1 << 20)
