@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> Outcome:
                     _measure(setting, path, memory, copy)
     data_bytes = first.data_pages * PAGE
     data = _data(args, size, data_bytes, settings, first.direct_io_reason)
-    if picture is not None:
+    if picture is not None and args.plot is not None:
         title = f"{show_size(size)} guest in {printable(args.dir)}"
         conclusions = {work: _conclusion(data["best"], work) for work in _WORKS}
         plot.draw(picture, args.plot, data["results"], data_bytes, title, conclusions)
