@@ -33,6 +33,7 @@ PUBLIC = {
     "pyqmigrate.vm": "A running QEMU",
     "pyqmigrate.vm.sync": "A running QEMU, without asyncio",
     "pyqmigrate.store": "A store of snapshots",
+    "pyqmigrate.analysis": "Looking into a snapshot",
 }
 
 
