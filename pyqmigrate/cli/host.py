@@ -34,7 +34,10 @@ def add_host(parser: Parser) -> None:
         help="with --host: the accelerator of the restore (default: kvm if it is available)",
     )
     parser.add_argument(
-        "--cpu", metavar="MODEL", help="with --host: the CPU model of the restore, as QEMU's -cpu"
+        "--cpu",
+        metavar="MODEL",
+        help="with --host: the CPU model of the restore, as QEMU's -cpu (default: the one that vm save "
+        "recorded; without a record only what is possible at all is compared)",
     )
 
 
@@ -47,9 +50,14 @@ def check_host_options(args: argparse.Namespace) -> None:
 
 def host_report(args: argparse.Namespace, snapshot: Snapshot) -> HostReport:
     """Compare, as the options say."""
-    from pyqmigrate.vm.incoming.portability import check_host  # few need it
+    # Few need these.
+    from pyqmigrate.vm.incoming.portability import check_host
+    from pyqmigrate.vm.incoming.restore_cpu import recorded_model
 
-    return check_host(snapshot, qemu=args.qemu, accelerator=args.accel, model=args.cpu)
+    model = args.cpu or recorded_model(snapshot)
+    if model is not None and model.partition(",")[0] == "host" and args.accel != "kvm":
+        model = args.cpu  # QEMU has it with KVM only, which this host may not have
+    return check_host(snapshot, qemu=args.qemu, accelerator=args.accel, model=model)
 
 
 def host_data(report: HostReport) -> dict[str, Any]:
@@ -73,7 +81,6 @@ def host_data(report: HostReport) -> dict[str, Any]:
 def host_lines(report: HostReport) -> Iterator[str]:
     """Yield the report for people."""
     use = report.use
-    yield ""
     names = ", ".join(feature.name for feature in use.features) or "nothing beyond the base"
     yield f"CPU use   {counted(use.cpus, 'CPU')}: {names}"
     yield f"          XCR0 {use.xcr0:#x}, an XSAVE area of {use.xsave_size} bytes"

@@ -3,7 +3,9 @@
 ``--host`` compares the CPU features that the guest uses (XCR0, CR4, EFER, and registers that not every
 processor has) with this host's processor and with what its QEMU can give, without a guest. It is for x86.
 The exit code is 1 if something is missing; the report says what, and what to do. Features that a guest
-uses without switching them on, such as AES, do not show: give ``--cpu`` the model that it was saved with.
+uses without switching them on, such as AES, do not show: the CPU model should be the one that it was saved
+with, which is taken from the record of vm save unless ``--cpu`` names another. ``vm check --for-restore``
+compares with the command line of a restore.
 
 ``--xml`` prints only the domain's XML that libvirt stored before the stream, also for a compressed or
 unfinished image.
@@ -98,7 +100,7 @@ def _whole(args: argparse.Namespace) -> Outcome:
         report = host_report(args, snapshot)
         data["host"] = host_data(report)
         code = ExitCode.DONE if report.possible else ExitCode.BAD
-        return Outcome(data, [*lines, *host_lines(report)], code)
+        return Outcome(data, [*lines, "", *host_lines(report)], code)
 
 
 def _header(args: argparse.Namespace) -> LibvirtHeader | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.errors import QemuError, SnapshotError
+from pyqmigrate.format.printable import printable
 from pyqmigrate.format.seal import SUFFIX
 from pyqmigrate.io.place import absolute
 
@@ -74,16 +75,6 @@ def announce(args: argparse.Namespace, data: Mapping[str, Any], lines: Sequence[
         print(json_text(data), end="", flush=True)
     elif not args.quiet:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    r"""Return ``text`` with unprintable characters and lone surrogates as ``\x1b`` escapes."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
 
 
 def shown_error(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Small pictures as SVG: rectangles, lines and texts, on light and dark backgrounds.
+"""Pictures as SVG: rectangles, lines, texts and images, on light and dark backgrounds.
 
     svg = Svg(640, 120, "What it shows")
     svg.rectangle(10, 10, 100, 20, "#2a78d6", tip="shown under the pointer")
@@ -6,13 +6,17 @@
     svg.encode()
 
 Lengths are in pixels. A colour is CSS's, or one of the names of :data:`COLOURS`, whose values follow the
-reader's preference for a light or a dark scheme.
+reader's preference for a light or a dark scheme. Texts may come from untrusted files: what XML has no place
+for is shown as escapes.
 """
 
 from __future__ import annotations
 
+import base64
 from typing import Literal
 from xml.sax.saxutils import escape, quoteattr
+
+from pyqmigrate.format.printable import printable
 
 __all__ = ["COLOURS", "Svg", "is_svg", "nice_step", "text_width"]
 
@@ -31,6 +35,7 @@ COLOURS = {
     "pale-grey": ("#dddcd8", "#45443f"),
 }
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
+_MONOSPACE = "ui-monospace, 'DejaVu Sans Mono', monospace"
 _WIDTH = 0.56  # of a character, by its height: what the fonts above have, and a little more
 
 
@@ -62,17 +67,26 @@ def nice_step(longest: float, steps: int) -> float:
 class Svg:
     """A picture of ``width`` times ``height`` pixels; ``title`` says what it shows."""
 
-    def __init__(self, width: float, height: float, title: str, description: str = "") -> None:
+    def __init__(
+        self,
+        width: float,
+        height: float,
+        title: str,
+        description: str = "",
+        *,
+        background: str = "surface",
+    ) -> None:
         self.width, self.height = width, height
+        self._background = background
         self._parts: list[str] = []
         self._head = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_number(width)} {_number(height)}"'
             f' width="{_number(width)}" height="{_number(height)}" role="img"'
             f' font-family="{_FONT}" font-size="12">',
-            f"<title>{escape(title)}</title>",
+            f"<title>{_text(title)}</title>",
         ]
         if description:
-            self._head.append(f"<desc>{escape(description)}</desc>")
+            self._head.append(f"<desc>{_text(description)}</desc>")
 
     def rectangle(
         self,
@@ -90,7 +104,7 @@ class Svg:
             f'<rect x="{_number(x)}" y="{_number(y)}" width="{_number(width)}"'
             f' height="{_number(height)}"{_corner(radius)} {_paint("fill", colour)}'
         )
-        self._parts.append(f"{shape}><title>{escape(tip)}</title></rect>" if tip else f"{shape}/>")
+        self._parts.append(f"{shape}><title>{_text(tip)}</title></rect>" if tip else f"{shape}/>")
 
     def line(
         self,
@@ -114,9 +128,7 @@ class Svg:
             f'<circle cx="{_number(x)}" cy="{_number(y)}" r="{_number(radius)}" stroke-width="2"'
             f" {_paint('fill', colour)} {_paint('stroke', 'surface')}"
         )
-        self._parts.append(
-            f"{shape}><title>{escape(tip)}</title></circle>" if tip else f"{shape}/>"
-        )
+        self._parts.append(f"{shape}><title>{_text(tip)}</title></circle>" if tip else f"{shape}/>")
 
     def text(
         self,
@@ -128,26 +140,42 @@ class Svg:
         size: float = 12,
         anchor: Literal["start", "middle", "end"] = "start",
         bold: bool = False,
+        monospace: bool = False,
     ) -> None:
         """Write a text; ``y`` is its baseline."""
         weight = ' font-weight="600"' if bold else ""
+        font = f' font-family="{_MONOSPACE}"' if monospace else ""
         where = "" if anchor == "start" else f' text-anchor="{anchor}"'
         height = "" if size == 12 else f' font-size="{_number(size)}"'
         self._parts.append(
-            f'<text x="{_number(x)}" y="{_number(y)}"{where}{height}{weight}'
-            f" {_paint('fill', colour)}>{escape(text)}</text>"
+            f'<text x="{_number(x)}" y="{_number(y)}"{where}{height}{weight}{font}'
+            f" {_paint('fill', colour)}>{_text(text)}</text>"
+        )
+
+    def image(self, x: float, y: float, width: float, height: float, png: bytes) -> None:
+        """Draw a PNG, scaled to this size, whose pixels stay sharp."""
+        self._parts.append(
+            f'<image x="{_number(x)}" y="{_number(y)}" width="{_number(width)}"'
+            f' height="{_number(height)}" preserveAspectRatio="none" style="image-rendering:pixelated"'
+            f' href="data:image/png;base64,{base64.b64encode(png).decode()}"/>'
         )
 
     def encode(self) -> bytes:
         """Return the file."""
-        used = {name for name in COLOURS if f"--{name})" in "".join(self._parts)} | {"surface"}
+        background = f'<rect width="100%" height="100%" {_paint("fill", self._background)}/>'
+        drawn = "".join([background, *self._parts])
+        used = {name for name in COLOURS if f"--{name})" in drawn}
         light, dark = (
             "".join(f"--{name}:{COLOURS[name][scheme]};" for name in COLOURS if name in used)
             for scheme in (0, 1)
         )
         style = f"<style>svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
-        background = '<rect width="100%" height="100%" fill="var(--surface)"/>'
-        return "\n".join([*self._head, style, background, *self._parts, "</svg>", ""]).encode()
+        styles = [style] if used else []
+        return "\n".join([*self._head, *styles, background, *self._parts, "</svg>", ""]).encode()
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))
 
 
 def _paint(what: str, colour: str) -> str:

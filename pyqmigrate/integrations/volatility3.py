@@ -12,6 +12,8 @@ imports this module; where it is installed in another way, use the folder of :fu
 (``vol -p DIR``), or this module in place of ``vol``::
 
     python -m pyqmigrate.integrations.volatility3 -f guest.mapped linux.pslist
+
+This module may be used under the Volatility Software License 1.0 as well as under this package's licence.
 """
 
 from __future__ import annotations

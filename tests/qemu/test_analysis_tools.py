@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -96,12 +96,14 @@ def program(name: str) -> str:
 
 
 def need(module: str) -> None:
-    if importlib.util.find_spec(module) is None:
+    try:
+        importlib.import_module(module)
+    except ImportError:
         lack(f"{module} is not installed: it is in the extra 'test'")
 
 
 def volatility(path: Path | str, *words: str) -> subprocess.CompletedProcess[str]:
-    need("volatility3")
+    need("volatility3.framework")
     return subprocess.run(
         [sys.executable, "-c", VOLATILITY, "-q", "--offline", "-f", str(path), *words],
         capture_output=True,

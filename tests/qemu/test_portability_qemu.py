@@ -61,6 +61,27 @@ def test_feature_that_the_model_lacks_is_found(
     assert done.returncode == 0
     assert_as_documented("info", json.loads(done.stdout))
 
+    given = ("--", BINARY, "-accel", "tcg", "-cpu", "qemu64")
+    checked = child(
+        "vm", "check", "--for-restore", path, "--json", *given, environment=child_environment
+    )
+    assert checked.returncode == 1
+    found = json.loads(checked.stdout)
+    assert found["host"]["missing"] == ["avx"]
+    assert {*found} == {"schema", "snapshot", "host"}
+    given = (*given[:-1], "qemu64,+avx")
+    checked = child("vm", "check", "--for-restore", path, *given, environment=child_environment)
+    assert checked.returncode == 0, checked.stderr
+    assert "-cpu qemu64,+avx" in checked.stdout
+
+
+def test_check_for_a_restore_needs_a_command_line(
+    saved: Saved, child_environment: dict[str, str]
+) -> None:
+    ran = child("vm", "check", "--for-restore", saved.path, environment=child_environment)
+    assert ran.returncode == 2
+    assert "has no record" in ran.stderr
+
 
 def test_options_of_the_host_need_it(saved: Saved, child_environment: dict[str, str]) -> None:
     ran = child("info", saved.path, "--cpu", "max", environment=child_environment)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pyqmigrate.analysis.areas import Extent
 from pyqmigrate.analysis.map_report import MemoryMap
 from pyqmigrate.analysis.picture.colours import ThemeName
+from pyqmigrate.format.svg import is_svg
 from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
 from pyqmigrate.snapshot.base import Snapshot
 
@@ -23,7 +24,7 @@ class PictureForm(enum.StrEnum):
 
 _KINDS = {
     PictureForm.PNG: FileKind("picture", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n")),
-    PictureForm.SVG: FileKind("picture", lambda head: head.startswith((b"<svg", b"<?xml"))),
+    PictureForm.SVG: FileKind("picture", is_svg),
     PictureForm.HTML: FileKind("page", lambda head: head.lower().startswith(b"<!doctype html")),
 }
 

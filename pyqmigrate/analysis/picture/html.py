@@ -14,7 +14,7 @@ from importlib.resources import files
 
 from pyqmigrate.analysis.areas import Extent, Part
 from pyqmigrate.analysis.map_report import MemoryMap
-from pyqmigrate.analysis.picture.labels import printable
+from pyqmigrate.format.printable import printable
 from pyqmigrate.io.page_map import SUMMARY
 from pyqmigrate.snapshot.base import Snapshot
 

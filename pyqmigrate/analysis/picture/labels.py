@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from pyqmigrate.analysis.map_report import MemoryMap
 from pyqmigrate.analysis.picture.colours import Painter, Rgb
+from pyqmigrate.format.printable import printable
 
-__all__ = ["Legend", "legend_of", "names_of", "printable", "show_bytes"]
+__all__ = ["Legend", "legend_of", "names_of", "show_bytes"]
 
 Sample = Sequence[tuple[bytes, Rgb]]  # a cell that looks so, and its colour
 
@@ -20,14 +21,6 @@ def show_bytes(size: int) -> str:
             value = size / (1 << shift)
             return f"{value:.0f} {unit}" if value == round(value) else f"{value:.1f} {unit}"
     return f"{size} B"
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with what could control a terminal or a page as escapes."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
 
 
 def names_of(names: Sequence[str], room: int) -> str:

@@ -127,7 +127,7 @@
     while (left >= 1024 && k < units.length - 1) { left /= 1024; k++; }
     return `${Number.isInteger(left) ? left : left.toFixed(1)} ${units[k]}`;
   };
-  const percent = (value) => value === 0 ? "0 %" : value >= 0.1 ? `${(value * 100).toFixed(0)} %` : `${(value * 100).toFixed(1)} %`;
+  const percent = (value) => value === 0 ? "0 %" : value >= 0.1 ? `${(value * 100).toFixed(0)}\u00a0%` : `${(value * 100).toFixed(1)}\u00a0%`;
   const partAt = (area, place) => area.parts.find((part) => part.start <= place && place < part.end);
   const whatIs = (planes, tile) => {
     const words = [], share = (name) => planes[name][tile] / 255;

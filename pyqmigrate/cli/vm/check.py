@@ -1,9 +1,16 @@
-"""Report what a save of a running guest would do, without saving it.
+"""Report what a save of a running guest would do, without saving it; or whether a snapshot can be restored
+here.
 
 Queries QEMU, inspects its memory, and with --dir measures the disk by writing 64 MiB to an unnamed
 file. The exit code is 1 if the guest cannot be saved or the file would not fit. The report is about
 a save with the same --engine and --sparse, the same options of live saves, and no other options.
 Each live method is listed with its expected pause, or the reasons against it.
+
+With --for-restore SNAPSHOT no guest is needed, and none is started: the CPU features that the snapshot's
+guest uses are compared with this host and with the QEMU, the accelerator and the CPU model of the command
+line after ``--``, by default of the one that vm save recorded; a given command line also with the recorded
+VM. The exit code is 1 if something is missing. It is for x86. The JSON has only ``snapshot`` and ``host``
+then, an object as that of "info --host".
 
 JSON: ``possible``; ``qemu`` (its version); ``pid`` (or null); ``machine``; ``run_state``;
 ``total_ram``; ``engine`` and ``way`` (null if there is none), ``why`` and ``refused`` (reasons
@@ -28,16 +35,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
+from pyqmigrate.cli.host import host_data, host_lines
 from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.vm.live import add_live, live_options
+from pyqmigrate.cli.vm.restore import add_command
 from pyqmigrate.cli.vm.settings import setting_lines
+from pyqmigrate.errors import UsageError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.snapshot.save.writer import Sparse
 
@@ -53,8 +63,12 @@ _ABOUT = {"counted": "", "sampled": "about ", "bound": "at most "}
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "check", _run, __doc__)
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket: PATH or unix:PATH"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--qmp", metavar="SOCKET", help="QEMU's QMP socket: PATH or unix:PATH")
+    what.add_argument(
+        "--for-restore",
+        metavar="SNAPSHOT",
+        help="compare the CPU features that this snapshot's guest uses with what a restore would give it",
     )
     parser.add_argument("--dir", metavar="DIR", help="the snapshot's directory; measures its disk")
     parser.add_argument(
@@ -70,13 +84,38 @@ def add_parser(verbs: Verbs) -> None:
         default="auto",
         help="how zero pages are stored (default: auto, whichever is fast)",
     )
+    add_command(parser)
+    parser.command_line_option = "--for-restore"
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    if args.for_restore is not None:
+        return _for_restore(args)
     report = run_interruptible(_check(args))
     data = _data(report)
     code = ExitCode.DONE if report.possible else ExitCode.BAD
     return Outcome(data, [printable(line) for line in _lines(report, data)], code)
+
+
+def _for_restore(args: argparse.Namespace) -> Outcome:
+    from pyqmigrate.snapshot.detect import open_snapshot
+    from pyqmigrate.vm.incoming.portability import check_host
+    from pyqmigrate.vm.incoming.restore_cpu import restore_cpu
+
+    if args.dir is not None:
+        raise UsageError("--dir is for the check of a save: leave out --for-restore")
+    base = None if args.base in ("auto", "none") else args.base
+    with open_snapshot(args.for_restore, base=base) as snapshot:
+        cpu = restore_cpu(snapshot, args.command or None)
+        found = check_host(snapshot, qemu=cpu.qemu, accelerator=cpu.accelerator, model=cpu.model)
+    report = replace(
+        found, obstacles=(*found.obstacles, *cpu.faults), notes=(*found.notes, *cpu.notes)
+    )
+    return Outcome(
+        {"snapshot": args.for_restore, "host": host_data(report)},
+        [*host_lines(report)],
+        ExitCode.DONE if report.possible else ExitCode.BAD,
+    )
 
 
 async def _check(args: argparse.Namespace) -> CheckReport:

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from pyqmigrate.snapshot.base import Snapshot
     from pyqmigrate.vm.qemu.commands import Commands
 
-__all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type", "questions"]
+__all__ = [
+    "accelerators",
+    "compare_blocks",
+    "compare_command",
+    "compare_devices",
+    "compare_type",
+    "questions",
+]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that is never in a stream
 # Patterns are strings, compiled when first used: a restore waits for each import.
@@ -56,9 +63,9 @@ _HAVE_STATE = (
 def compare_command(command: CommandLine, saved: SavedMachine) -> list[str]:
     """Compare the processors and the accelerator of the options."""
     notes: list[str] = []
-    accelerators = _accelerators(command)
-    if len(accelerators) == 1:
-        notes += _compare_accelerator(accelerators == ["kvm"], saved)
+    asked = accelerators(command)
+    if len(asked) == 1:
+        notes += _compare_accelerator(asked == ["kvm"], saved)
     processors = _processors(command)
     if processors is not None and saved.processors is not None and processors < saved.processors:
         raise _too_few(processors, saved.processors)
@@ -70,7 +77,7 @@ def questions(
 ) -> Iterator[tuple[str, dict[str, object] | None]]:
     """Generate what the comparisons with a running QEMU ask it: commands and their arguments."""
     yield "qom-get", _TYPE
-    if len(_accelerators(command)) != 1 and saved.kvm is not None:
+    if len(accelerators(command)) != 1 and saved.kvm is not None:
         yield "query-kvm", None
     if saved.processors is not None:
         yield "query-cpus-fast", None
@@ -84,7 +91,7 @@ async def compare_devices(
 ) -> list[str]:
     """Compare the accelerator, processors and devices of a running QEMU; return notes."""
     notes: list[str] = []
-    if len(_accelerators(command)) != 1 and saved.kvm is not None:
+    if len(accelerators(command)) != 1 and saved.kvm is not None:
         answer = await monitor.execute("query-kvm")
         notes += _compare_accelerator(bool(answer["enabled"]), saved)
     if saved.processors is not None:
@@ -156,7 +163,7 @@ async def compare_blocks(monitor: Commands, snapshot: Snapshot) -> None:
         )
 
 
-def _accelerators(command: CommandLine) -> list[str]:
+def accelerators(command: CommandLine) -> list[str]:
     """Return the accelerators that QEMU will try, in order; empty for its default."""
     if command.has("enable-kvm"):
         return ["kvm"]

@@ -30,6 +30,25 @@ def test_picture_is_recognized_by_its_first_bytes() -> None:
     assert not is_svg(b"<?xml version='1.0'?><svg>")
 
 
+def test_text_that_xml_has_no_place_for_is_shown_as_escapes() -> None:
+    svg = Svg(10, 10, "a\0b", "c\x1bd")
+    svg.text(0, 0, "\ud800<&\u202e")
+    svg.rectangle(0, 0, 1, 1, "blue", tip="\x07")
+    shown = "".join(ET.fromstring(svg.encode()).itertext())
+    assert r"a\x00b" in shown
+    assert r"c\x1bd" in shown
+    assert r"\ud800<&\u202e" in shown
+    assert r"\x07" in shown
+
+
+def test_fixed_background_needs_no_style_and_an_image_is_inside_of_the_file() -> None:
+    svg = Svg(10, 10, "t", background="#123456")
+    svg.image(1, 2, 3, 4, b"\x89PNG")
+    _, background, image = ET.fromstring(svg.encode())
+    assert background.get("fill") == "#123456"
+    assert image.get("href") == "data:image/png;base64,iVBORw=="
+
+
 def test_attributes_are_quoted() -> None:
     svg = Svg(10, 10, "t")
     svg.rectangle(0, 0, 1, 1, 'a"b<c')

@@ -12,7 +12,9 @@ import pytest
 from pyqmigrate import RamBlock, convert, save
 from tests.harness.snapshots import ram
 
-pytest.importorskip("volatility3")
+pytest.importorskip(
+    "volatility3.framework"
+)  # a wheel of this package leaves a folder "volatility3"
 from volatility3.framework import contexts
 from volatility3.framework.layers import physical
 
