@@ -96,8 +96,8 @@ typedef int64_t (*qm_next_fn)(void *arg, uint64_t off, uint64_t end);
  *   base, fd < 0     plain memory that stays mapped during the call.
  *   base and fd      a mapping of `fd`. On a save, fd cannot shrink; its holes are neither read nor
  *                    made resident (a page that may contain part of a hole is read with pread). On
- *                    a load, fd may shrink: only the kernel touches the mapping, and holes are
- *                    punched.
+ *                    a load, fd may shrink: only the kernel touches the mapping, or the file is
+ *                    written with pwrite, and holes are punched.
  *   fd, no base      a file that may shrink: read with pread, written with pwrite.
  *   fill             memory without an address in this process (saves only). `next` is optional
  *                    and skips what need not be read; both are called with `fill_arg`.
@@ -274,7 +274,10 @@ int qm_write_tail(const struct qm_transfer *transfer, qm_channel *channel, struc
 
 /* Read those of the pages [first, first + npages) whose bits in `data` are set into memory. A gap of
  * up to max_gap bytes is read along; its file bytes never reach guest memory. pages_offset need not
- * be aligned, and the file may end early. -ENODATA: a set page is beyond the end of the file. */
+ * be aligned, and the file may end early. -ENODATA: a set page is beyond the end of the file.
+ *
+ * A direct read goes straight to memory in long pieces (huge pages, hugetlbfs), and through a bounce
+ * buffer to scattered pages and to other files, which are written with pwrite. */
 int qm_read(const struct qm_transfer *transfer, qm_channel *channel, uint64_t first,
             uint64_t npages, struct qm_fault *fault);
 

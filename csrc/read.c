@@ -5,7 +5,15 @@
 #include "chunk.h"
 
 #include <errno.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
+#define HUGE_PAGE ((uint64_t)2 << 20)
 
 struct reader {
     const struct qm_transfer *transfer;
@@ -13,7 +21,9 @@ struct reader {
     struct qm_fault *fault;
     int fd;
     size_t unit;  /* granularity of positions and lengths; 1 when buffered */
-    int straight; /* positions and addresses satisfy the descriptor: no bounce buffer */
+    int aligned;  /* positions and addresses satisfy the descriptor */
+    int small;    /* the memory is a file of small pages */
+    int straight; /* this chunk needs no bounce buffer */
 };
 
 static int read_fault(struct reader *r, off_t bad, int rc)
@@ -110,6 +120,8 @@ static int read_run(struct reader *r, uint64_t from, uint64_t to)
     size_t most = qm_job_piece(r->transfer->job, page);
     if (r->straight && r->unit > 1 && most > qm_queue_piece(&r->channel->queue))
         most = qm_queue_piece(&r->channel->queue);
+    if (!r->straight && r->unit > 1 && most > QM_QUEUE_PIECE)
+        most = QM_QUEUE_PIECE; /* it is copied while it is in the cache */
     most /= page;
     for (uint64_t k = from; k < to;) {
         uint64_t stop = to - k < most ? to : k + most;
@@ -138,6 +150,48 @@ static int read_set(struct reader *r, uint64_t first, uint64_t end)
     return 0;
 }
 
+/* ---- chunks --------------------------------------------------------------------------------- */
+
+/* Return whether the pages [from, to), which are about to be read, are or will be in short pieces of
+ * the machine's memory. The first one with data is made present: the kernel takes a huge page for it
+ * if it takes any there. */
+static int is_scattered(const struct reader *r, uint64_t from, uint64_t to)
+{
+    const struct qm_transfer *t = r->transfer;
+    uint64_t first = next_set(t->data, from, to);
+    if (first == to)
+        return 0;
+    uint32_t page = t->block->page_size;
+    uintptr_t system_page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    unsigned char *bytes = t->memory->base + first * page;
+    unsigned char *start = bytes - (uintptr_t)bytes % system_page;
+    if (madvise(start, system_page, MADV_POPULATE_WRITE))
+        return 0; /* an old kernel, or memory that cannot be written: a straight read reports that */
+    uint64_t len = (to - first) * page, rest = HUGE_PAGE - (uintptr_t)bytes % HUGE_PAGE;
+    return qm_channel_scattered(r->channel, bytes, (size_t)(len < rest ? len : rest));
+}
+
+/* Return whether the pages [from, to) are read without a copy. A device takes a few hundred pieces of
+ * memory in a request: a direct read into scattered pages becomes several requests, and takes longer than
+ * one into a bounce buffer with a copy. */
+static int choose_straight(const struct reader *r, uint64_t from, uint64_t to)
+{
+    if (!r->aligned || r->unit == 1)
+        return r->aligned;
+    return r->transfer->memory->fd >= 0 ? !r->small : !is_scattered(r, from, to);
+}
+
+/* Check that the file behind the memory contains the pages up to `to`: pwrite would make it longer. */
+static int check_memory(const struct reader *r, uint64_t from, uint64_t to)
+{
+    const struct qm_memory *m = r->transfer->memory;
+    uint64_t page = r->transfer->block->page_size;
+    off_t size = lseek(m->fd, 0, SEEK_END);
+    if (size < 0 || (uint64_t)size < (uint64_t)m->fd_offset + to * page)
+        return memory_fault(r->fault, from * page, size < 0 ? -errno : -EFAULT);
+    return 0;
+}
+
 static int read_range(struct reader *r, uint64_t first, uint64_t end)
 {
     const struct qm_transfer *t = r->transfer;
@@ -147,7 +201,10 @@ static int read_range(struct reader *r, uint64_t first, uint64_t end)
             return -ECANCELED;
         uint64_t most = QM_CHUNK / page;
         uint64_t to = end - from < most ? end : from + most;
-        int rc = read_set(r, from, to);
+        r->straight = choose_straight(r, from, to);
+        int rc = t->memory->fd >= 0 && !r->straight ? check_memory(r, from, to) : 0;
+        if (rc == 0)
+            rc = read_set(r, from, to);
         if (rc == 0 && t->policy->zero_clear)
             rc = qm_store_clear(t, from, to, r->fault);
         if (rc)
@@ -158,6 +215,13 @@ static int read_range(struct reader *r, uint64_t first, uint64_t end)
         from = to;
     }
     return 0;
+}
+
+/* Return whether a file has pages of the usual size. Those of hugetlbfs have no pwrite. */
+static int has_small_pages(int fd)
+{
+    struct statfs info;
+    return fstatfs(fd, &info) == 0 && (uint64_t)info.f_bsize <= QM_MAX_PAGE;
 }
 
 int qm_read(const struct qm_transfer *t, qm_channel *channel, uint64_t first, uint64_t npages,
@@ -173,15 +237,16 @@ int qm_read(const struct qm_transfer *t, qm_channel *channel, uint64_t first, ui
         .fault = fault,
         .fd = file->fd,
         .unit = 1,
-        .straight = t->memory->base != NULL,
+        .aligned = t->memory->base != NULL,
+        .small = t->memory->fd >= 0 && has_small_pages(t->memory->fd),
     };
     if (file->fd_direct >= 0) {
         r.fd = file->fd_direct;
         r.unit = file->off_align;
-        r.straight = r.straight && (uintptr_t)t->memory->base % file->mem_align == 0 &&
-                     t->block->page_size % file->mem_align == 0 &&
-                     t->block->page_size % file->off_align == 0 &&
-                     (uint64_t)t->block->pages_offset % file->off_align == 0;
+        r.aligned = r.aligned && (uintptr_t)t->memory->base % file->mem_align == 0 &&
+                    t->block->page_size % file->mem_align == 0 &&
+                    t->block->page_size % file->off_align == 0 &&
+                    (uint64_t)t->block->pages_offset % file->off_align == 0;
     }
     rc = read_range(&r, first, first + npages);
     off_t bad;

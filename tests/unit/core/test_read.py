@@ -275,3 +275,57 @@ def test_memory_that_cannot_be_written_is_a_fault_in_memory(file: File) -> None:
         )
         os.close(readable)
     assert (rc, fault.in_memory) == (-errno.EBADF, 1)
+
+
+def test_a_file_that_became_shorter_is_a_fault_in_memory_and_does_not_grow(file: File) -> None:
+    length = 2 * CHUNK
+    bits = np.ones(length // 4096, dtype=bool)
+    file.poison(length)
+    fault = ffi.new("struct qm_fault *")
+    with memfd(length) as fd:
+        view = np.frombuffer(mmap.mmap(fd, length), dtype=np.uint8)
+        os.ftruncate(fd, CHUNK + 4096)
+        rc = read(
+            Memory(base=view, fd=fd),
+            new_block(length, 4096, 0),
+            file.core(direct=True),
+            to_words(bits),
+            fault=fault,
+        )
+        assert rc == -errno.EFAULT
+        assert (fault.in_memory, fault.at) == (1, CHUNK)
+        assert os.fstat(fd).st_size == CHUNK + 4096
+
+
+@pytest.mark.parametrize("advice", [mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE])
+def test_direct_reads_fill_fresh_memory_of_both_page_sizes(file: File, advice: int) -> None:
+    length = 2 * CHUNK
+    bits = np.ones(length // 4096, dtype=bool)
+    bits[700:900] = False
+    pages = stored_pages(bits, 4096, seed=3)
+    file.fill(pages.tobytes())
+    raw = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    raw.madvise(advice)
+    memory = np.frombuffer(raw, dtype=np.uint8)
+    block = new_block(length, 4096, 0)
+    assert read(Memory(base=memory), block, file.core(direct=True), to_words(bits)) == 0
+    expected = pages.reshape(-1, 4096).copy()
+    expected[~bits] = 0
+    assert (memory.reshape(-1, 4096) == expected).all()
+
+
+def test_a_direct_read_that_leaves_clear_pages_makes_only_set_pages_present(file: File) -> None:
+    length = 2 * CHUNK
+    bits = np.zeros(length // 4096, dtype=bool)
+    bits[[5, 1030]] = True
+    file.poison(length)
+    raw = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    raw.madvise(mmap.MADV_NOHUGEPAGE)
+    memory = np.frombuffer(raw, dtype=np.uint8)
+    block = new_block(length, 4096, 0)
+    source = file.core(direct=True)
+    assert read(Memory(base=memory), block, source, to_words(bits), zero_clear=False) == 0
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(memory.ctypes.data // 4096 * 8)
+        words = np.frombuffer(pagemap.read(len(bits) * 8), dtype=np.uint64)
+    assert (np.flatnonzero(words >> np.uint64(63)) == [5, 1030]).all()
