@@ -221,7 +221,7 @@ class _Work:
         """Take what the keeper sends: lists to push, and to fetch the rest. Both begin when what is
         pushed ahead is done; a list is then that, again."""
         while True:
-            message, fds, _, _ = socket.recv_fds(self._channel, 64, 1)
+            message, fds, _, _ = socket.recv_fds(self._channel, 64, 1, socket.MSG_CMSG_CLOEXEC)
             if not message:
                 return
             if self._ahead:
