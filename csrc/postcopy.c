@@ -368,7 +368,7 @@ static void finish(struct qm_postcopy *p, struct qm_serving *s)
     s->answer_ns += took;
     if (took > s->longest_ns)
         s->longest_ns = took;
-    if (!p->answer_is_own)
+    if (!p->answer_is_own || s->waits)
         s->events |= QM_ANSWERED;
     p->answer_is_own = 0;
 }
@@ -497,6 +497,11 @@ size_t qm_postcopy_received(qm_postcopy *p, unsigned char *out, size_t len)
 int qm_postcopy_idle(const qm_postcopy *p)
 {
     return !p->answer.busy && !p->push.busy && p->at == p->n && !p->part;
+}
+
+int qm_postcopy_answering(const qm_postcopy *p)
+{
+    return p->answer.busy;
 }
 
 void qm_postcopy_asked(qm_postcopy *p, uint64_t block)

@@ -1004,7 +1004,7 @@ int qm_postcopy_send(qm_postcopy *postcopy, const struct qm_sent_pages *pages);
 
 #define QM_REQUEST 1  /* a request that the caller has to answer */
 #define QM_MESSAGE 2  /* bytes that the caller has to parse: qm_postcopy_received */
-#define QM_ANSWERED 4 /* requested pages were sent */
+#define QM_ANSWERED 4 /* requested pages were sent: there is room for the next */
 #define QM_PUSHED 8   /* other pages were sent */
 #define QM_DUE 16     /* other pages should be sent now, and there are none */
 #define QM_WOKEN_0 32 /* wake[0] is readable */
@@ -1016,6 +1016,8 @@ int qm_postcopy_send(qm_postcopy *postcopy, const struct qm_sent_pages *pages);
  *   push      whether to return with QM_DUE
  *   raw       whether all that is received is for the caller: the start of it is incomplete
  *   all       whether all requests are for the caller, unless everything was sent
+ *   waits     whether the caller has an answer for which there was no room: it also returns with
+ *             QM_ANSWERED when an answer from here was sent
  *   quiet     how long no request must have come before pages are sent that nobody has asked for;
  *             0: always
  *   timeout   after this it returns; negative: never
@@ -1028,6 +1030,7 @@ struct qm_serving {
     int push;
     int raw;
     int all;
+    int waits;
     int64_t quiet;
     int64_t timeout;
     int wake[2];
@@ -1049,6 +1052,10 @@ int qm_postcopy_serve(qm_postcopy *postcopy, struct qm_serving *serving);
 
 /* Return whether nothing is being sent: no record is cut off then. */
 int qm_postcopy_idle(const qm_postcopy *postcopy);
+
+/* Return whether a request is being answered, with the pages of the caller or from here: there is no
+ * room for another answer then. */
+int qm_postcopy_answering(const qm_postcopy *postcopy);
 
 /* Take the bytes of QM_MESSAGE: at most `len`. Returns how many. */
 size_t qm_postcopy_received(qm_postcopy *postcopy, unsigned char *out, size_t len);

@@ -151,8 +151,8 @@ class PageSending:
 
     @property
     def answering(self) -> bool:
-        """Whether requested pages are being sent."""
-        return self._pages[1] is not None
+        """Whether requested pages are being sent, of :meth:`send` or by the core alone."""
+        return bool(_core.lib.qm_postcopy_answering(self._core))
 
     def send(self, block: int, first: int, npages: int, pages: Data | None, since: int = 0) -> None:
         """Have :meth:`serve` send pages ``[first, first + npages)``; those that were sent are left out.
@@ -160,7 +160,7 @@ class PageSending:
         pages: their content, kept until they are sent; None if they are zeros.
         since: when they were asked for; 0 for others, of which only those with data are sent.
 
-        UsageError if such pages are being sent, or do not exist.
+        UsageError if such pages are being sent (:attr:`pushing`, :attr:`answering`), or do not exist.
         """
         requested = since != 0
         sent = self._sent
@@ -184,6 +184,7 @@ class PageSending:
         control: int = -1,
         raw: bool = False,
         every: bool = False,
+        waits: bool = False,
     ) -> int:
         """Answer requests and send, until the caller has something to do; return what.
 
@@ -192,11 +193,12 @@ class PageSending:
         raw: return all that is received as messages: the caller has the start of an incomplete one.
 
         every: return every request for pages that were not sent.
+        waits: whether the caller has an answer that waits for the end of :attr:`answering`.
 
         Raises OSError if the connection has ended.
         """
         serving = self._serving
-        serving.all = every
+        serving.all, serving.waits = every, waits
         serving.push, serving.raw, serving.quiet = push, raw, quiet
         serving.timeout = -1 if timeout is None else timeout
         serving.wake = (slow, control)

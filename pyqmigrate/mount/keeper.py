@@ -98,6 +98,7 @@ class Keeper:
         self._messages = Messages() if messages is None else messages
         self._board = Board(logging=settings.record)
         self._nodes: dict[int, Node] = {}
+        self._opens: dict[int, int] = {}  # how often the kernel has opened each, by its number
         self._since: dict[int, int] = {}
         self._worker: Worker | None = None
         self._remembered: RememberedRequests | None = None
@@ -215,6 +216,7 @@ class Keeper:
                 self._board,
                 self._settings.owner,
                 self._since,
+                opens=self._opens,
                 ahead=self._settings.ahead,
                 forwarded=remembered is not None,
             )
@@ -240,6 +242,9 @@ class Keeper:
             if "node" in said:
                 node = Node(**said["node"])
                 self._nodes[node.number] = node
+            elif "opens" in said:
+                number, count = said["opens"]
+                self._opens[number] = count
             elif "message" in said:
                 self._tell(said["message"])
             elif "pushed" in said:

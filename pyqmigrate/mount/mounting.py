@@ -203,12 +203,10 @@ def _mount_with_helper(directory: str, source: str, *, allow_other: bool) -> int
             text = done.stderr.strip() or f"{helper} ended with {done.returncode}"
             raise TargetError(errno.EPERM, f"cannot mount: {text}", directory)
         ours.settimeout(_LIMIT)
-        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fd = array.array("i", data[:4])[0]
-            os.set_inheritable(fd, False)
-            return fd
+            return array.array("i", data[:4])[0]
     raise TargetError(errno.EPROTO, f"{helper} passed no descriptor", directory)
 
 

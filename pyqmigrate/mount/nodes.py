@@ -2,7 +2,8 @@
 
 A number belongs to one name and one content for as long as the mount lives. If another snapshot gets
 the name, it gets another number, and who has the old file open continues to read the old one. The
-keeper keeps the table: a new worker gets it, and opens the files of the numbers as they are used.
+keeper keeps the table, and which files programs have open: a new worker gets both. It opens these files
+at once, so that no store removes them, and the others as they are used.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import errno
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.plain_file import HeldFile, PlainFile
 from pyqmigrate.mount.files import COMPANIONS, BytesFile, ShownFiles
 from pyqmigrate.mount.protocol import ROOT
@@ -64,19 +65,47 @@ class _OpenFile:
 
 
 class Nodes:
-    """The table of a worker. ``announce`` is called with each new node before its first use."""
+    """The table of a worker. ``announce`` is called with each new node before its first use.
+
+    ``opens`` is how often the kernel has opened each node, by its number, when an earlier worker served;
+    ``count_opens`` is called with a number and its new count.
+    """
 
     def __init__(
-        self, files: ShownFiles, known: Iterable[Node], announce: Callable[[Node], None]
+        self,
+        files: ShownFiles,
+        known: Iterable[Node],
+        announce: Callable[[Node], None],
+        *,
+        opens: Mapping[int, int] | None = None,
+        count_opens: Callable[[int, int], object] = lambda number, count: None,
     ) -> None:
         self.files = files
         self._announce = announce
+        self._count_opens = count_opens
         self._lock = threading.Lock()
         self._by_number = {node.number: node for node in known}
         self._by_content = {node.content: node for node in self._by_number.values()}
         self._next = max(self._by_number, default=ROOT) + 1
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()  # the one used last is at the end
         self._adding: dict[str, threading.Lock] = {}
+        for number, count in (opens or {}).items():
+            self._files[number] = _OpenFile()
+            self._files[number].opens = count
+
+    def reopen(self, report: Callable[[str], object]) -> None:
+        """Open the files that the kernel has open since an earlier worker, so that no store removes them.
+
+        ``report`` is called with a message for each that cannot be opened.
+        """
+        with self._lock:
+            numbers = [number for number, entry in self._files.items() if entry.opens]
+        for number in numbers:
+            try:
+                self.acquire(number)
+                self.release(number)
+            except (OSError, PyqmigrateError) as error:
+                report(f"{self.get(number).name} is open, but cannot be opened again: {error}")
 
     def get(self, number: int) -> Node:
         """Return a node. Raises TargetError (ESTALE) for a number that was never given."""
@@ -162,18 +191,21 @@ class Nodes:
         """Keep the file of a node open until :meth:`count_close`."""
         self.acquire(number)
         with self._lock:
-            self._files[number].opens += 1
+            entry = self._files[number]
+            entry.opens += 1
+            self._count_opens(number, entry.opens)
         self.release(number)
 
     def count_read(self, number: int) -> None:
         """Keep the file that is in use open: the kernel reads it, so a program has it open.
 
-        It was opened when an earlier worker served.
+        An earlier worker may have been killed before it counted that.
         """
         entry = self._files[number]
         if not entry.opens:
             with self._lock:
                 entry.opens = max(entry.opens, 1)
+                self._count_opens(number, entry.opens)
 
     def count_close(self, number: int) -> None:
         """Take back a :meth:`count_open`."""
@@ -182,6 +214,7 @@ class Nodes:
             if entry is None:
                 return
             entry.opens = max(entry.opens - 1, 0)
+            self._count_opens(number, entry.opens)
             entry.users += 1
         self.release(number)
 

@@ -1,8 +1,8 @@
 """A worker: the process that opens the files and answers. It may die at any moment.
 
 It is forked from the keeper, which has everything imported: the next one serves after milliseconds.
-What a worker says goes over a socket of packets: each new node before the kernel hears of it, messages,
-and that it serves.
+What a worker says goes over a socket of packets: each new node before the kernel hears of it, how often
+each is open, messages, and that it serves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from pyqmigrate.errors import PyqmigrateError, TargetError
@@ -49,10 +49,12 @@ class Worker:
         owner: Owner,
         since: dict[int, int],
         *,
+        opens: Mapping[int, int],
         ahead: str,
         forwarded: bool,
     ) -> None:
-        """Fork it; the working set of the file ``ahead``, if it is not empty, is pushed at once.
+        """Fork it; the working set of the file ``ahead``, if it is not empty, is pushed at once. ``opens``
+        is how often the kernel has opened each of the nodes.
 
         Raises OSError if the system has no room for a process.
         """
@@ -74,7 +76,7 @@ class Worker:
             if requests is not None:
                 connection = KeeperConnection(fd, requests)
             _close_others({fd, channel.fileno(), requests.fileno() if requests else -1})
-            _main(_Work(connection, open_files, nodes, board, owner, since, channel, ahead))
+            _main(_Work(connection, open_files, nodes, opens, board, owner, since, channel, ahead))
         channel.close()
         if requests is not None:
             requests.close()
@@ -127,6 +129,7 @@ class _Work:
         connection: DeviceConnection,
         open_files: OpenFiles,
         nodes: Iterable[Node],
+        opens: Mapping[int, int],
         board: Board,
         owner: Owner,
         since: dict[int, int],
@@ -136,6 +139,7 @@ class _Work:
         self._connection = connection
         self._open_files = open_files
         self._known = nodes
+        self._opens = opens
         self._board = board
         self._owner = owner
         self._since = since
@@ -154,12 +158,16 @@ class _Work:
         else:
             files = self._open_files()
         files.on_request(self._board.count_fetch)
-        nodes = Nodes(files, known, self._announce)
+        nodes = Nodes(
+            files, known, self._announce, opens=self._opens, count_opens=self._announce_opens
+        )
         server = Server(
             self._connection, nodes, self._board, self._owner, since=self._since, report=self.report
         )
         if known:
             server.looked_up.set()  # by an earlier worker
+            reopening = threading.Thread(target=nodes.reopen, args=(self.report,), daemon=True)
+            start_thread(reopening)
         pushing = threading.Thread(target=self._push_ahead, args=(nodes, server), daemon=True)
         if self._ahead:
             start_thread(pushing)
@@ -176,6 +184,9 @@ class _Work:
 
     def _announce(self, node: Node) -> None:
         self._say({"node": vars(node)})
+
+    def _announce_opens(self, number: int, count: int) -> None:
+        self._say({"opens": (number, count)})
 
     def _say(self, said: dict[str, Any]) -> None:
         packet = json.dumps(said).encode()
@@ -210,7 +221,7 @@ class _Work:
         """Take what the keeper sends: lists to push, and to fetch the rest. Both begin when what is
         pushed ahead is done; a list is then that, again."""
         while True:
-            message, fds, _, _ = socket.recv_fds(self._channel, 64, 1)
+            message, fds, _, _ = socket.recv_fds(self._channel, 64, 1, socket.MSG_CMSG_CLOEXEC)
             if not message:
                 return
             if self._ahead:

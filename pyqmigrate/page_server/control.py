@@ -58,7 +58,7 @@ class Control:
         try:
             self._connection.settimeout(None)
             data, ancillary, _, _ = self._connection.recvmsg(
-                _LINE_MAX, socket.CMSG_SPACE(_FD.itemsize)
+                _LINE_MAX, socket.CMSG_SPACE(_FD.itemsize), socket.MSG_CMSG_CLOEXEC
             )
         except OSError:
             data, ancillary = b"", []

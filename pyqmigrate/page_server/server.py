@@ -201,6 +201,7 @@ class PageServer:
             control=-1 if self.control is None else self.control,
             raw=self._answers.incomplete,
             every=self._options.record or self.end_sent,
+            waits=bool(self._replied),
         )
         if events & Events.REQUEST:
             requested = sending.requested

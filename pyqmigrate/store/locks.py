@@ -39,6 +39,7 @@ _REFRESHED = 600.0  # seconds between two refreshes
 _VALID = 0.75 * STALE  # seconds after a refresh for which its owner may rely on it
 _ADDER_WAITS = 600.0  # seconds for a collector to end
 _PAUSE = 0.05
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 _LOCAL = "lock"
 _ADD, _COLLECT = "add-", "gc-"
@@ -122,10 +123,11 @@ def _locked(place: Place, *, exclusive: bool, wait: float) -> Iterator[Lock]:
     deadline = time.monotonic() + wait
     while True:
         with contextlib.ExitStack() as stack:
-            if isinstance(place, LocalPlace):
-                lock = _lock_locally(place, stack, exclusive)
-            else:
-                lock = _lock_object(place, stack, exclusive)
+            with _naming_read_only(place):
+                if isinstance(place, LocalPlace):
+                    lock = _lock_locally(place, stack, exclusive)
+                else:
+                    lock = _lock_object(place, stack, exclusive)
             if lock is not None:
                 yield lock
                 return
@@ -137,6 +139,23 @@ def _locked(place: Place, *, exclusive: bool, wait: float) -> Iterator[Lock]:
         # Two that always retry together would never get on.
         pause = _PAUSE if isinstance(place, LocalPlace) else 1.0
         time.sleep(pause * (0.5 + random.random()))
+
+
+@contextlib.contextmanager
+def _naming_read_only(place: Place) -> Iterator[None]:
+    """Say of a store that can only be read what to do."""
+    try:
+        yield
+    except TargetError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        who = "the credentials" if place.directory is None else "the user"
+        raise TargetError(
+            error.errno,
+            f"this store can only be read: nothing can be added, removed or collected here. Change what {who} "
+            "may do, or copy snapshots into a store of your own (store create, store copy)",
+            place.name,
+        ) from error
 
 
 def _lock_locally(place: LocalPlace, stack: contextlib.ExitStack, exclusive: bool) -> Lock | None:

@@ -8,7 +8,8 @@
 
 Every call runs an event loop of its own to its end, and raises UsageError inside a running one.
 Arguments, results and errors are those of :mod:`pyqmigrate.vm`. Ctrl-C cancels the call, and the
-guest is left as it was found.
+guest is left as it was found. :class:`pyqmigrate.vm.Pool` has no form here: it starts guests between its
+calls, for which it needs an event loop. ``pyqmigrate vm pool`` serves programs without one.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class ForkedProcess:
 
 
 def fork_keeper(snapshot: str) -> StartedKeeper:
-    """As :func:`~pyqmigrate.vm.incoming.lazy_keeper.keeper_for`, by a fork. Raises TargetError."""
+    """As :func:`~pyqmigrate.vm.incoming.lazy_keeper.start_keeper`, by a fork. Raises TargetError."""
     ours, theirs = socket.socketpair()
     words = program_words(source_kind(snapshot), snapshot)
     try:

@@ -381,3 +381,36 @@ def test_sending_is_idle_only_between_records() -> None:
         assert not connection.sending.idle
         ours.close()
         theirs.close()
+
+
+def test_answer_of_the_caller_waits_for_one_of_the_core() -> None:
+    data = [page >= 2048 for page in range(4096)]
+    twin = _twin(4096, data=data, pending=data)
+    with Connection([twin]) as connection:
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        connection.sending.connect(ours)
+        sending, room = connection.sending, 0
+        for page in range(2048):  # zeros, until the socket is full
+            theirs.sendall(_message(3, struct.pack(">QI", page * PAGE, PAGE) + b"\3ram"))
+            sending.serve(push=False, quiet=0, timeout=0)
+            room = page
+            if sending.answering:
+                break
+        assert sending.answering
+        with pytest.raises(UsageError):
+            sending.send(0, 2048, 1, bytes(PAGE), time.monotonic_ns())
+        received = theirs.recv(1 << 20)
+        events = sending.serve(push=False, quiet=0, timeout=None, waits=True)
+        assert events == Events.ANSWERED
+        assert not sending.answering
+        sending.send(0, 2048, 1, b"page" * (PAGE // 4), time.monotonic_ns())
+        while not sending.serve(push=False, quiet=0, timeout=1_000_000) & Events.ANSWERED:
+            received += theirs.recv(1 << 20)
+        received += theirs.recv(1 << 20)
+        expected = SenderTwin([twin])
+        answers = [expected.send(0, page, 1, bytes(PAGE), True) for page in range(room + 1)]
+        answers.append(expected.send(0, 2048, 1, b"page" * (PAGE // 4), True))
+        assert received == b"".join(answers)
+        ours.close()
+        theirs.close()

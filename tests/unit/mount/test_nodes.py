@@ -269,6 +269,37 @@ def test_a_stored_snapshot_that_a_mount_only_looked_at_can_be_removed(tmp_path: 
             assert caught.value.errno == errno.ESTALE
 
 
+def test_later_worker_holds_what_is_open_before_it_is_read(tmp_path: Path) -> None:
+    counts: dict[int, int] = {}
+    with Store.create(tmp_path / "store") as store:
+        for name in ("a", "b"):
+            put_snapshot(store, name, image(4))
+        with contextlib.closing(StoreFiles(str(tmp_path / "store"), None)) as files:
+            first = Nodes(files, (), lambda node: None, count_opens=counts.__setitem__)
+            a, b = find(first, "a"), find(first, "b")
+            first.count_open(a.number)
+            first.count_open(b.number)
+            first.count_close(b.number)
+            assert counts == {a.number: 1, b.number: 0}
+            first.acquire(a.number).close()  # the worker has died
+            later = Nodes(files, (a, b), lambda node: None, opens=counts)
+            later.reopen(pytest.fail)
+            assert remove(store, ["a", "b"]).in_use == ("a",)
+            later.count_close(a.number)
+            assert remove(store, ["a"]).removed == ("a",)
+
+
+def test_open_file_that_was_removed_is_reported_by_a_later_worker() -> None:
+    files = Files(a=b"1")
+    node = find(nodes_of(files)[0], "a")
+    del files.contents["a"]
+    later = Nodes(files, (node,), lambda node: None, opens={node.number: 1})
+    said: list[str] = []
+    later.reopen(said.append)
+    assert len(said) == 1
+    assert said[0].startswith("a is open, but cannot be opened again: ")
+
+
 def test_another_snapshot_of_the_name_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
     with Store.create(tmp_path / "store") as store:
         put_snapshot(store, "a", image(4))

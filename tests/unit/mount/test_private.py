@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import NoReturn
 import pytest
 
 from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.io.lock import lock_file
 from pyqmigrate.mount import private
 from pyqmigrate.mount.mounting import find_mounts
 from pyqmigrate.mount.private import FileRange, open_private, prepare_private
 from pyqmigrate.mount.starting import MountRequest, WaitingKeeper
+from pyqmigrate.store import Store, remove
 from tests.harness.mounted import await_that
 from tests.harness.mounted_guests import keepers
+from tests.harness.stores import image, put_snapshot
 
 
 @pytest.fixture
@@ -172,3 +176,30 @@ def test_prepared_keeper_that_is_not_used_leaves_nothing(
     assert list(runtime.iterdir()) == []
     with open_private(guest) as view:  # what was prepared is gone
         assert os.listdir(view.path)
+
+
+def is_held(document: Path) -> bool:
+    with document.open("rb") as file:
+        try:
+            lock_file(file.fileno(), exclusive=True)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_open_snapshot_that_nobody_reads_is_held_by_the_next_worker(
+    tmp_path: Path, mount_point: Path
+) -> None:
+    with Store.create(tmp_path / "store") as store:
+        put_snapshot(store, "a", image(4))
+        document = tmp_path / "store/snapshots/a.snap"
+        with open_private(tmp_path / "store") as view:
+            fd = os.open(view.path / "a", os.O_RDONLY)
+            assert is_held(document)
+            os.kill(view.status()["worker"], signal.SIGKILL)
+            await_that(lambda: view.status()["restarts"] == 1)
+            await_that(lambda: is_held(document))
+            assert remove(store, ["a"]).in_use == ("a",)
+            os.close(fd)
+            await_that(lambda: not is_held(document))
+        assert remove(store, ["a"]).removed == ("a",)

@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pyqmigrate.errors import TargetError
 from pyqmigrate.store import locks
+from pyqmigrate.store.local_place import LocalPlace
 from pyqmigrate.store.locks import adding, collecting
 from pyqmigrate.store.place import Place, open_place
 
@@ -128,3 +130,21 @@ def test_an_adder_whose_lock_became_old_writes_nothing(monkeypatch: pytest.Monke
                 write("b", b"")
             assert error.value.errno == errno.ESTALE
     assert place.find("b") is None
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("lock", [adding, collecting])
+def test_store_that_can_only_be_read_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: Any, number: int
+) -> None:
+    def refused(self: LocalPlace, name: str) -> int:
+        raise TargetError(number, "cannot open", tmp_path / name)
+
+    monkeypatch.setattr(LocalPlace, "open_lock", refused)
+    with (
+        pytest.raises(TargetError, match=r"can only be read.*store copy") as caught,
+        lock(LocalPlace(tmp_path)),
+    ):
+        pass
+    assert caught.value.errno == number
+    assert str(tmp_path) in str(caught.value)
