@@ -10,16 +10,16 @@ typedef uint64_t vector __attribute__((vector_size(64), aligned(64)));
 uint64_t vector_read(const void *bytes, size_t len)
 {
     const vector *v = bytes;
-    vector any[8] = {{0}};
-    for (size_t i = 0; i < len / sizeof(vector); i += 8) {
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; k++) {
-            any[k] |= v[i + k];
-        }
+    vector a = {0}, b = {0}, c = {0}, d = {0};
+    for (size_t i = 0; i < len / sizeof(vector); i += 4) {
+        a |= v[i];
+        b |= v[i + 1];
+        c |= v[i + 2];
+        d |= v[i + 3];
     }
+    a |= b | c | d;
     uint64_t all = 0;
-    for (int k = 0; k < 8; k++)
-        for (int word = 0; word < 8; word++)
-            all |= any[k][word];
+    for (int word = 0; word < 8; word++)
+        all |= a[word];
     return all;
 }

@@ -17,6 +17,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -363,6 +364,8 @@ def report(bench: Bench, facts: dict[str, Any], options: argparse.Namespace) -> 
 
 def main() -> int:
     options = parse_arguments()
+    # What is mounted and written is removed also when the run is ended early.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options.dir.mkdir(parents=True, exist_ok=True)
     try:
         Disk(options.dir)

@@ -153,9 +153,9 @@ def lazy(results: Results) -> Iterator[Verdict]:
         yield Verdict(WORKLOAD_WORK, first / second, 4, at_least=True, detail=detail)
     for name in results.names(PUSH_WORK, OURS):
         samples = results.of(PUSH_WORK, OURS, name)
-        for fact, limit, unit in (("gib_a_second", 0.9, "GiB/s"), ("cpu_a_gib", 0.5, "s/GiB")):
-            measured = statistics.median(sample.facts[fact] for sample in samples)
-            faster = fact == "gib_a_second"
-            yield Verdict(f"{PUSH_WORK}, {fact}", measured, limit, unit, at_least=faster)
+        for what, limit, unit in (("gib_a_second", 0.9, "GiB/s"), ("cpu_a_gib", 0.5, "s/GiB")):
+            measured = statistics.median(sample.facts[what] for sample in samples)
+            faster = what == "gib_a_second"
+            yield Verdict(f"{PUSH_WORK}, {what}", measured, limit, unit, at_least=faster)
     for name in results.names(LATENCY_WORK, OURS):
         yield Verdict(LATENCY_WORK, results.median(LATENCY_WORK, OURS, name) * 1e6, 30, "us")

@@ -143,12 +143,14 @@ def page_cache(results: Results) -> Iterator[Verdict]:
 
 def scan(results: Results) -> Iterator[Verdict]:
     if results.names("scan", OURS):
-        scan, plain = (results.median("scan", OURS, name) for name in ("scan", "vectors"))
+        scan = results.median("scan", OURS, "scan")
+        reader = min(("sum", "vectors"), key=lambda name: results.median("scan", OURS, name))
+        plain = results.median("scan", OURS, reader)
         size = results.of("scan", OURS, "scan")[0].facts["bytes"]
         yield Verdict(
             "zero scan / read bandwidth",
             plain / scan,
             0.95,
             at_least=True,
-            detail=f"{size / scan / 1e9:.1f} GB/s, widest vectors {size / plain / 1e9:.1f} GB/s",
+            detail=f"{size / scan / 1e9:.1f} GB/s, {reader} {size / plain / 1e9:.1f} GB/s",
         )
