@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
