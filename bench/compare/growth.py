@@ -103,12 +103,7 @@ def draw_growth(results: Results, path: Path) -> bool:
     ):
         curves = {
             step: [
-                (
-                    k,
-                    sorted(value(s) / unit for s in results.of(GROWTH_WORK, OURS, name))[
-                        _ROUNDS // 2
-                    ],
-                )
+                (k, statistics.median(value(s) / unit for s in results.of(GROWTH_WORK, OURS, name)))
                 for k, gib in enumerate(SIZES)
                 if (name := f"{step}, {gib} GiB") in results.names(GROWTH_WORK, OURS)
             ]
