@@ -119,7 +119,10 @@ tsan: $(VENV)/.with-cli,analysis,test
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" setarch -R)
 
 bench: bench-system $(VENV)/.with-cli,bench
-	$(BIN)/python bench/compare $(BENCH_ARGS)
+	@mkdir -p build/bench
+	$(BIN)/python bench/compare --json build/bench/samples.json \
+	    --growth-plot docs/pictures/growth.svg $(BENCH_ARGS)
+	$(BIN)/python -m pytest bench/micro --benchmark-json=build/bench/micro.json $(MICRO_ARGS)
 	$(BIN)/python bench/readme_chart.py
 
 # The wheel is built from the sdist, so both are tested. Both contain the manual pages, in man/, because

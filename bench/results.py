@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["OURS", "QEMU", "FIO", "LIBVIRT", "Results", "Sample", "Verdict", "table"]
+__all__ = ["GIB", "MIB", "OURS", "QEMU", "FIO", "LIBVIRT", "Results", "Sample", "Verdict", "table"]
 
+MIB, GIB = 1 << 20, 1 << 30
 OURS, QEMU, FIO, LIBVIRT = "pyqmigrate", "qemu", "fio", "libvirt"
 
 

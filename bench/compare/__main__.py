@@ -17,6 +17,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,27 +31,28 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import pyqmigrate
 from bench.compare.contenders import Contender, SharedRam, load_contenders, save_contenders
+from bench.compare.growth import draw_growth, growth
 from bench.compare.lazy import lazy
 from bench.compare.libvirt import libvirt_savers
 from bench.compare.live import ROWS, live
 from bench.compare.picture import draw
 from bench.compare.pool import pool
-from bench.compare.processor import measure_scan, save_with_core_clock
+from bench.compare.processor import PYTHON_WORK, measure_scan, save_with_core_clock
+from bench.compare.scale import channels, file_systems
 from bench.compare.seal import seals
-from bench.compare.sparse import save_memfd, sparse_memfd, watch_child
-from bench.compare.store import store
-from bench.compare.targets import (
-    GIB,
-    MIB,
-    PYTHON_WORK,
+from bench.compare.sparse import (
     SPARSE_ALONE,
     SPARSE_WIDE,
     TEBIBYTE_WORK,
-    verdicts,
+    save_memfd,
+    sparse_memfd,
+    watch_child,
 )
+from bench.compare.store import store
+from bench.compare.verdicts import verdicts
 from bench.compare.vm import MEMFD_WORK, chatterer, memfd_savers, restores, vm_savers
 from bench.disk import Disk, NotADisk
-from bench.results import OURS, Results, Sample, table
+from bench.results import GIB, MIB, OURS, Results, Sample, table
 from tests.harness.contents import Contents, data_pages, fill
 from tests.harness.machine import BINARY
 
@@ -68,6 +70,9 @@ PARTS = (
     "lazy",
     "live",
     "store",
+    "filesystems",
+    "channels",
+    "growth",
 )
 # Who took longer than both, the first time, is not repeated as often.
 _SLOW = 4.0  # times the fastest
@@ -133,6 +138,12 @@ class Bench:
             live(self.size, self.disk.directory, self.disk, self.repeat, self.add, self.live_rows)
         if "store" in parts:
             store(self.size, self.disk.directory, self.disk, self.repeat, self.add)
+        if "filesystems" in parts:
+            file_systems(self.size, self.disk.directory, self.channels, self.take_turns)
+        if "channels" in parts:
+            channels(self.size, self.take_turns)
+        if "growth" in parts:
+            growth(self.disk.directory, self.disk.clear, self.add)
 
     def saves(self, ram: SharedRam, contents: Contents) -> None:
         # fio has no zero pages to leave out: it is a peer for memory without any.
@@ -290,6 +301,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times there")
+    parser.add_argument(
+        "--growth-plot", type=Path, metavar="FILE.svg", help="draw the part growth there"
+    )
     return parser.parse_args()
 
 
@@ -337,6 +351,8 @@ def report(bench: Bench, facts: dict[str, Any], options: argparse.Namespace) -> 
                 indent=1,
             )
         )
+    if options.growth_plot and not draw_growth(results, options.growth_plot):
+        say("growth was not measured, so there is nothing to draw")
     if options.plot:
         title = (
             f"{bench.size / GIB:g} GiB of guest memory, {facts['cores']} cores, "
@@ -348,6 +364,8 @@ def report(bench: Bench, facts: dict[str, Any], options: argparse.Namespace) -> 
 
 def main() -> int:
     options = parse_arguments()
+    # What is mounted and written is removed also when the run is ended early.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options.dir.mkdir(parents=True, exist_ok=True)
     try:
         Disk(options.dir)

@@ -12,16 +12,18 @@ from typing import Any
 
 import pyqmigrate
 from bench.results import OURS, Results, Sample
+from bench.vector_read import vector_read
 from pyqmigrate import _core
 
-__all__ = ["core_seconds", "measure_scan", "save_with_core_clock"]
+__all__ = ["PYTHON_WORK", "core_seconds", "measure_scan", "save_with_core_clock"]
 
+PYTHON_WORK = "python's share"
 PAGE = 4096
 PIECE = 1 << 20
 
 
 def measure_scan(length: int, repeat: int, results: Results) -> None:
-    """Scan and sum of the same ``length`` bytes of zeros, one thread, taking turns."""
+    """Scan, sum and widest reads of the same ``length`` bytes of zeros, one thread, taking turns."""
     ffi, lib = _core.ffi, _core.lib
     with contextlib.closing(mmap.mmap(-1, length)) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -30,11 +32,14 @@ def measure_scan(length: int, repeat: int, results: Results) -> None:
             memory[at : at + PIECE] = bytes(PIECE)
         bits = ffi.new("uint64_t[]", length // PAGE // 64)
         with ffi.from_buffer(memory) as data:
+            address, widest = int(ffi.cast("uintptr_t", data)), vector_read()
             for _ in range(repeat):
-                for name in ("sum", "scan"):
+                for name in ("sum", "scan", "vectors"):
                     start = time.perf_counter()
                     if name == "scan":
                         found = lib.qm_scan(data, length // PAGE, PAGE, bits)
+                    elif name == "vectors":
+                        found = widest(address, length)
                     else:
                         found = lib.qm_sum(data, length)
                     seconds = time.perf_counter() - start

@@ -20,7 +20,7 @@ __all__ = ["CACHED", "COLD", "PLAIN", "SEALED", "seal_work", "seals"]
 
 COLD, CACHED = "verify cold", "verify cached"
 PLAIN, SEALED = "without a seal", "with a seal"
-_CHANNELS = 4  # what verify_seal takes by default
+_CHANNELS = (4, 2, 8, 16)  # the first is what verify_seal takes by default
 _CACHED_ROUNDS = 5
 
 TakeTurns = Callable[..., None]
@@ -49,8 +49,11 @@ def seals(
             _saves(seal_work(contents), ram.memory, path, disk, channels, repeat, add)
         disk.clear(path, _seal_of(path))
         _save(path, ram.memory, channels, "xxh3-128")
-    ours = Contender(OURS, f"{_CHANNELS} channels", partial(_verify, path, _CHANNELS, "on"))
-    take_turns(COLD, [ours, *fio_read_contenders(path)], lambda: _cool_down(disk, path))
+    ours = [
+        Contender(OURS, f"{count} channels", partial(_verify, path, count, "on"))
+        for count in _CHANNELS
+    ]
+    take_turns(COLD, [*ours, *fio_read_contenders(path)], lambda: _cool_down(disk, path))
     path.read_bytes()
     for _ in range(_CACHED_ROUNDS):
         add(CACHED, OURS, "1 channel", _verify(path, 1, "off"))

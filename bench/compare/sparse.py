@@ -24,8 +24,18 @@ import numpy as np
 import pyqmigrate
 from bench.results import Sample
 
-__all__ = ["Footprint", "save_memfd", "sparse_memfd", "watch_child"]
+__all__ = [
+    "SPARSE_ALONE",
+    "SPARSE_WIDE",
+    "TEBIBYTE_WORK",
+    "Footprint",
+    "save_memfd",
+    "sparse_memfd",
+    "watch_child",
+]
 
+SPARSE_ALONE, SPARSE_WIDE = "1 GiB alone", "64 GiB"
+TEBIBYTE_WORK = "1 TiB sparse"
 PIECE = 1 << 20
 MEMFD = "sparse-guest"
 

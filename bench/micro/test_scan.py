@@ -1,4 +1,5 @@
-"""The zero scan of the core, one thread, beside a plain sum over the same memory."""
+"""The zero scan of the core, one thread, beside a plain sum and reads with the
+widest vectors over the same memory."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench.micro.conftest import SIZE, Memories
+from bench.vector_read import vector_read
 from pyqmigrate import _core
 from tests.harness.contents import Contents
 
@@ -40,6 +42,15 @@ def test_plain_sum_of_zero_memory(benchmark: Any, zeros: bytearray) -> None:
     with ffi.from_buffer(zeros) as data:
         total = benchmark.pedantic(lib.qm_sum, args=(data, SIZE), rounds=9, warmup_rounds=1)
     assert total == 0
+
+
+def test_widest_reads_of_used_memory(benchmark: Any, memories: Memories) -> None:
+    benchmark.group = "scan"
+    benchmark.extra_info["bytes"] = SIZE
+    with ffi.from_buffer(memories(Contents.DENSE)) as data:
+        address = int(ffi.cast("uintptr_t", data))
+        any_bit = benchmark.pedantic(vector_read(), args=(address, SIZE), rounds=9, warmup_rounds=1)
+    assert any_bit
 
 
 @pytest.mark.parametrize("contents", Contents)
