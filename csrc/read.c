@@ -23,6 +23,7 @@ struct reader {
     size_t unit;  /* granularity of positions and lengths; 1 when buffered */
     int aligned;  /* positions and addresses satisfy the descriptor */
     int small;    /* the memory is a file of small pages */
+    int pagemap;  /* for direct reads into plain memory; -1 if there is none */
     int straight; /* this chunk needs no bounce buffer */
 };
 
@@ -168,7 +169,7 @@ static int is_scattered(const struct reader *r, uint64_t from, uint64_t to)
     if (madvise(start, system_page, MADV_POPULATE_WRITE))
         return 0; /* an old kernel, or memory that cannot be written: a straight read reports that */
     uint64_t len = (to - first) * page, rest = HUGE_PAGE - (uintptr_t)bytes % HUGE_PAGE;
-    return qm_channel_scattered(r->channel, bytes, (size_t)(len < rest ? len : rest));
+    return qm_is_scattered(r->pagemap, bytes, (size_t)(len < rest ? len : rest));
 }
 
 /* Return whether the pages [from, to) are read without a copy. A device takes a few hundred pieces of
@@ -239,6 +240,7 @@ int qm_read(const struct qm_transfer *t, qm_channel *channel, uint64_t first, ui
         .unit = 1,
         .aligned = t->memory->base != NULL,
         .small = t->memory->fd >= 0 && has_small_pages(t->memory->fd),
+        .pagemap = -1,
     };
     if (file->fd_direct >= 0) {
         r.fd = file->fd_direct;
@@ -248,7 +250,11 @@ int qm_read(const struct qm_transfer *t, qm_channel *channel, uint64_t first, ui
                     t->block->page_size % file->off_align == 0 &&
                     (uint64_t)t->block->pages_offset % file->off_align == 0;
     }
+    if (r.unit > 1 && r.aligned && t->memory->fd < 0)
+        r.pagemap = qm_pagemap_open();
     rc = read_range(&r, first, first + npages);
+    if (r.pagemap >= 0)
+        close(r.pagemap);
     off_t bad;
     int late = qm_queue_drain(&channel->queue, t->job, &bad);
     return rc ? rc : read_fault(&r, bad, late);

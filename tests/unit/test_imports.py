@@ -83,7 +83,17 @@ def test_the_keeper_of_a_lazy_restore_is_small():
         for name in loaded("import pyqmigrate.vm.incoming.keeper.keeper")
         if name.startswith("pyqmigrate.")
     }
-    parts = "keeper clients lines loop monitor plugged recovery server state".split()
+    parts = [
+        "keeper",
+        "clients",
+        "lines",
+        "loop",
+        "monitor",
+        "plugged",
+        "recovery",
+        "server",
+        "state",
+    ]
     keeper = ("keeper", *(f"keeper.{part}" for part in parts))
     allowed = named("errors", "vm", "vm.incoming", *(f"vm.incoming.{name}" for name in keeper))
     assert own <= allowed
