@@ -47,8 +47,8 @@ async def _killed(saved: Saved, serial: Path, kills: int, chance: random.Random)
     assert vm.lazy is not None
     try:
         while vm.lazy.state.restarts < kills and not vm.lazy.state.ended:
-            await asyncio.sleep(chance.random() * 0.15)
             kill_server(vm)
+            await asyncio.sleep(chance.random() * 0.15)
         state = await asyncio.wait_for(vm.lazy.completed(), _PATIENCE)
         await goes_on(saved, vm, serial)
         return state
