@@ -100,8 +100,10 @@ async def answered(started: QemuProcess) -> QemuSession:
     try:
         monitor = await Monitor.over(started.monitor, "of a new QEMU", timeout=_START_TIMEOUT)
     except QemuError as error:
-        what = await asyncio.to_thread(started.describe, "QEMU does not start")
-        await shielded(asyncio.to_thread(started.end))
+        try:
+            what = await asyncio.to_thread(started.describe, "QEMU does not start")
+        finally:  # also if this task is cancelled meanwhile
+            await shielded(asyncio.to_thread(started.end))
         raise QemuError(what) from error
     except BaseException:
         await shielded(asyncio.to_thread(started.end))
