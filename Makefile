@@ -5,7 +5,7 @@
 # after the other, PYTEST_ARGS and BENCH_ARGS are passed to pytest and to the comparison.
 
 PYTHON ?= python3
-JOBS ?= 3
+JOBS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 CC ?= cc
