@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from pyqmigrate.analysis.addresses import placements
 from pyqmigrate.analysis.areas import Area, By, Extent, areas_by_address, areas_by_block, clip
@@ -20,10 +18,10 @@ from pyqmigrate.analysis.block_comparison import opened, unreadable
 from pyqmigrate.analysis.map_report import MappedArea, MemoryMap
 from pyqmigrate.analysis.naming import naming
 from pyqmigrate.analysis.page_bits import changed_against, changed_since_base, touched_pages
+from pyqmigrate.analysis.random_access import random_access
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.export.convert import convert
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.job import Job, Progress
@@ -32,10 +30,9 @@ from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.increment import IncrementSnapshot
 
-__all__ = ["CELLS_MAX", "memory_map", "random_access"]
+__all__ = ["CELLS_MAX", "memory_map"]
 
 CELLS_MAX = 1 << 21  # of 32 bytes while they are counted; pages of 8 GiB
-_SCRATCH = "/var/tmp"  # unless TMPDIR says otherwise: /tmp is often in memory
 
 
 def memory_map(
@@ -101,27 +98,6 @@ def memory_map(
             scan.place(order, extent, cells)
         scan.compare(ready[1] if other is not None else None, seals, working_set)
         return scan.run(started)
-
-
-@contextlib.contextmanager
-def random_access(
-    snapshot: Snapshot, progress: Callable[[Progress], object] | None
-) -> Iterator[Snapshot]:
-    """Make the snapshot ready for random reads; a compressed one is unpacked into a temporary file.
-
-    Raises SnapshotError, NotSupported, TargetError, Cancelled.
-    """
-    if not snapshot.source.forward:
-        snapshot.prepare_random_reads(progress)
-        yield snapshot
-        return
-    with tempfile.TemporaryDirectory(
-        prefix="pyqmigrate-", dir=os.environ.get("TMPDIR") or _SCRATCH
-    ) as directory:
-        path = Path(directory) / "unpacked"
-        convert(snapshot, path, to="mapped-ram", progress=progress)
-        with opened(path, None, None) as unpacked:
-            yield unpacked
 
 
 class _Scan:

@@ -11,13 +11,12 @@ guest-physical addresses; its address is that of its first byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Generator, Iterator
 
 from pyqmigrate.analysis.addresses import placements
 from pyqmigrate.analysis.matchers import Expression, Match, Matcher, Plain, Run
 from pyqmigrate.analysis.memory_scan import MemoryScan, Piece, Spans, View
+from pyqmigrate.analysis.scan_results import ScanResults
 from pyqmigrate.analysis.stretches import stretches
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.errors import UsageError
@@ -76,44 +75,30 @@ def find(
     return Search(scan, matcher, context, () if why_not is None else (why_not,))
 
 
-class Search(Iterator[Match]):
-    """A search that is going on. ``notes`` are sentences about what it cannot do."""
+class Search(ScanResults[Match]):
+    """A search that is going on."""
 
     def __init__(
         self, scan: MemoryScan, matcher: Matcher, context: int, notes: tuple[str, ...]
     ) -> None:
-        self.notes = notes
-        self._scan, self._matcher, self._context = scan, matcher, context
+        super().__init__(scan, self._all(), notes)
+        self._matcher, self._context = matcher, context
         self._runs = self._found()
-        self._matches = self._all()
 
     @property
     def engine(self) -> str:
         """What searches: ``bytes``, ``re`` or ``re2``."""
         return self._matcher.engine
 
-    @property
-    def bytes_read(self) -> int:
-        """How much was read from the file so far."""
-        return self._scan.bytes_read
-
-    @property
-    def seconds(self) -> float:
-        """Since the search began."""
-        return self._scan.seconds
-
-    def __next__(self) -> Match:
-        return next(self._matches)
-
     def count(self) -> int:
         """Return the number of matches that are left, without making objects of them."""
         return sum(len(run.starts) for run in self._runs)
 
-    def _all(self) -> Iterator[Match]:
+    def _all(self) -> Generator[Match, None, None]:
         for run in self._runs:
             yield from run.matches(self._context)
 
-    def _found(self) -> Iterator[Run]:
+    def _found(self) -> Generator[Run, None, None]:
         """Yield runs of matches. A match that reaches into the next piece hides those that overlap
         it there: that piece is searched again behind it."""
         last: Piece | None = None
@@ -145,17 +130,5 @@ class Search(Iterator[Match]):
 
     def close(self) -> None:
         """End the search. Idempotent."""
-        self._matches.close()  # type: ignore[attr-defined]
-        self._runs.close()  # type: ignore[attr-defined]
-        self._scan.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        self._runs.close()
+        super().close()

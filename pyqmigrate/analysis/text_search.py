@@ -7,13 +7,12 @@ with open_snapshot("/snap/guest.mapped") as snapshot:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from pyqmigrate.analysis.addresses import placements
 from pyqmigrate.analysis.memory_scan import MemoryScan, Piece, Reach, Spans, View
+from pyqmigrate.analysis.scan_results import ScanResults
 from pyqmigrate.analysis.stretches import Stretch, stretches
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.errors import UsageError
@@ -67,11 +66,8 @@ def strings(
     )
 
 
-class TextSearch(Iterator[Text]):
-    """A search for strings that is going on. ``notes`` are sentences about what it cannot do.
-
-    Close it unless it is exhausted.
-    """
+class TextSearch(ScanResults[Text]):
+    """A search for strings that is going on."""
 
     def __init__(
         self,
@@ -83,41 +79,21 @@ class TextSearch(Iterator[Text]):
         progress: Callable[[Progress], object] | None,
         notes: tuple[str, ...],
     ) -> None:
-        self.notes = notes
         self._width = 2 if utf_16 else 1
         self._search = StringSearch(least, self._width)
-        self._scan = MemoryScan(
-            snapshot,
-            chosen,
-            Reach(after=self._width - 1),
-            self._find,
-            channels=channels,
-            progress=progress,
-        )
-        self._texts = self._all()
+        reach = Reach(after=self._width - 1)
+        scan = MemoryScan(snapshot, chosen, reach, self._find, channels=channels, progress=progress)
+        super().__init__(scan, self._all(), notes)
 
     def _find(self, data: memoryview, start: int, end: int) -> Spans:
         numbers, position = self._search.find(data, start, end)
         return numbers, None, position
 
-    @property
-    def bytes_read(self) -> int:
-        """How much was read from the file so far."""
-        return self._scan.bytes_read
-
-    @property
-    def seconds(self) -> float:
-        """Since the search began."""
-        return self._scan.seconds
-
-    def __next__(self) -> Text:
-        return next(self._texts)
-
     def count(self) -> int:
         """Return the number of strings that are left."""
-        return sum(1 for _ in self._texts)
+        return sum(1 for _ in self)
 
-    def _all(self) -> Iterator[Text]:
+    def _all(self) -> Generator[Text, None, None]:
         open_run = _OpenRun(self._search.least, self._width)
         last: Piece | None = None
         for view in self._scan.views():
@@ -142,22 +118,6 @@ class TextSearch(Iterator[Text]):
                     break
                 spans = self._find(view.data, position, end)
         yield from open_run.end()
-
-    def close(self) -> None:
-        """End the search. Idempotent."""
-        self._texts.close()  # type: ignore[attr-defined]
-        self._scan.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class _OpenRun:

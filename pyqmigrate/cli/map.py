@@ -45,7 +45,8 @@ from pyqmigrate.analysis.picture.terminal import (
     terminal_width,
     theme_of,
 )
-from pyqmigrate.analysis.scan import CELLS_MAX, memory_map, random_access
+from pyqmigrate.analysis.random_access import random_access
+from pyqmigrate.analysis.scan import CELLS_MAX, memory_map
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_verb
 from pyqmigrate.cli.outcome import Outcome, printable
 from pyqmigrate.cli.progress import shown

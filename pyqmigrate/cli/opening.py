@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import Iterator
 
 from pyqmigrate.cli.arguments import Parser, add_bitmap_order, add_offset
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.cli.standard_streams import read_from
-from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.detect import open_snapshot
 
@@ -66,24 +64,10 @@ def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> It
 
 @contextlib.contextmanager
 def opened_at_random(args: argparse.Namespace) -> Iterator[Snapshot]:
-    """Open the snapshot of a verb that reads its pages at random.
+    """Open the snapshot of a verb that reads its pages at random, as ``random_access`` does."""
+    from pyqmigrate.analysis.random_access import random_access  # other verbs do without
 
-    A compressed stream and one from a pipe, which are read front to back, are unpacked into an unnamed
-    file in TMPDIR (/var/tmp) first.
-    """
-    with opened(args, args.snapshot, one_pass=True) as snapshot:
-        if not (snapshot.one_pass and snapshot.source.forward):
-            with shown("read through") as show:
-                snapshot.prepare_random_reads(show)
-            yield snapshot
-            return
-        # Other verbs need neither.
-        import tempfile
-
-        from pyqmigrate.export.convert import convert
-
-        with tempfile.TemporaryFile(dir=os.environ.get("TMPDIR") or "/var/tmp") as file:
-            with shown("unpack") as show:
-                convert(snapshot, Descriptors(file.fileno()), to="mapped-ram", progress=show)
-            with open_snapshot(Descriptors(file.fileno())) as unpacked:
-                yield unpacked
+    with opened(args, args.snapshot, one_pass=True) as snapshot, contextlib.ExitStack() as stack:
+        with shown("unpack" if snapshot.source.forward else "read through") as show:
+            ready = stack.enter_context(random_access(snapshot, show))
+        yield ready
