@@ -15,6 +15,7 @@ The main job: guest memory into a file that QEMU loads (its ``mapped-ram`` forma
 """
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"  # the one place: the build reads it
@@ -219,13 +220,26 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+def lazy_names(
+    package: str, home: Mapping[str, str], names: dict[str, object]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Return ``__getattr__`` and ``__dir__`` of a package whose public names are imported on first use.
+
+    home: the module of each of them, relative to the package.
+    names: the package's ``globals()``.
+    """
+
+    def get(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value: object = getattr(importlib.import_module(f".{home[name]}", package), name)
+        names[name] = value
+        return value
+
+    def list_names() -> list[str]:
+        return sorted({*names, *home})
+
+    return get, list_names
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, globals())

@@ -5,8 +5,9 @@ Modules are imported on first use, as in :mod:`pyqmigrate`.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from pyqmigrate import lazy_names
 
 if TYPE_CHECKING:
     from pyqmigrate.analysis.areas import By, Extent
@@ -59,14 +60,4 @@ _HOME = {
     "diff": "comparison",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, globals())

@@ -11,8 +11,9 @@ new or has changed::
         print(result.name, result.message)
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from pyqmigrate import lazy_names
 
 if TYPE_CHECKING:
     from pyqmigrate.fleet.listing import Listing, list_targets
@@ -54,14 +55,4 @@ _HOME = {
     "Row": "table",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, globals())

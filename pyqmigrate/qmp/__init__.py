@@ -4,8 +4,9 @@ Embed :class:`QmpServer` in an asyncio program; :class:`MigrationBackend` is wha
 migration.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from pyqmigrate import lazy_names
 
 if TYPE_CHECKING:
     from pyqmigrate.qapi.event import Event
@@ -18,21 +19,11 @@ __all__ = ["Event", "MigrationBackend", "QmpClient", "QmpServer", "Version"]
 
 # Imported on first use: the client needs neither asyncio nor the server.
 _HOME = {
-    "Event": "pyqmigrate.qapi.event",
-    "MigrationBackend": "pyqmigrate.qmp.backend",
-    "QmpClient": "pyqmigrate.qmp.client",
-    "QmpServer": "pyqmigrate.qmp.server",
-    "Version": "pyqmigrate.qmp.commands",
+    "Event": ".qapi.event",
+    "MigrationBackend": "backend",
+    "QmpClient": "client",
+    "QmpServer": "server",
+    "Version": "commands",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, globals())

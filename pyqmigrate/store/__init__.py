@@ -13,8 +13,9 @@ A target is a directory or a URL (``s3://bucket/prefix``). It needs the extra ``
 package, for URLs ``remote``.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from pyqmigrate import lazy_names
 
 if TYPE_CHECKING:
     from pyqmigrate.store.adding import AddReport, add
@@ -74,14 +75,4 @@ _HOME = {
     "verify": "verifying",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, globals())

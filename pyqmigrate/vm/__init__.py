@@ -15,8 +15,9 @@
 ``qemu.qmp`` (``pip install qemu.qmp``).
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from pyqmigrate import lazy_names
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
@@ -111,14 +112,4 @@ _HOME = {
     "Phase": "outgoing.timeline",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME, globals())

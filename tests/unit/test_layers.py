@@ -12,7 +12,7 @@ PAGES = ["CONTRIBUTING.md", "docs/internals/architecture.md"]
 
 # Lowest first. Rooms of one layer do not import each other.
 LAYERS = [
-    {"errors", "log", "_core"},
+    {"errors", "lazy_names", "log", "_core"},
     {"enums", "argument_types"},
     {"format"},
     {"core"},
