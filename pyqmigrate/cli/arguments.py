@@ -19,12 +19,14 @@ __all__ = [
     "BadArguments",
     "Parser",
     "Verbs",
+    "add_base",
     "add_bitmap_order",
     "add_channels",
     "add_clock",
     "add_direct_io",
     "add_general",
     "add_offset",
+    "add_page_size",
     "add_seal",
     "add_verb",
     "read_channels",
@@ -210,6 +212,25 @@ def add_bitmap_order(parser: Parser) -> None:
         default=None,
         help="byte order of the host that wrote a mapped-ram file (default: little, or big if the "
         "file of an s390 guest requires it)",
+    )
+
+
+def add_page_size(parser: Parser) -> None:
+    parser.add_argument(
+        "--page-size",
+        type=read_size,
+        metavar="SIZE",
+        default=None,
+        help="of a sequential stream that does not state it (default: 4096)",
+    )
+
+
+def add_base(parser: Parser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        default=None,
+        help="the base of an increment (default: the path that the increment records)",
     )
 
 

@@ -31,11 +31,11 @@ from collections.abc import Iterator, Sequence
 
 from pyqmigrate.analysis.comparison import diff
 from pyqmigrate.analysis.report import BlockDiff, DeviceDiff, DiffReport, FieldDiff
-from pyqmigrate.cli.arguments import Verbs, add_channels, add_verb
+from pyqmigrate.cli.arguments import Verbs, add_base, add_channels, add_page_size, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.sizes import read_size, show_size
+from pyqmigrate.cli.sizes import show_size
 from pyqmigrate.format.device.values import State, Value
 
 __all__ = ["add_parser"]
@@ -54,19 +54,8 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--no-seals", action="store_true", help="read everything, also where seals are equal"
     )
-    parser.add_argument(
-        "--page-size",
-        type=read_size,
-        metavar="SIZE",
-        default=None,
-        help="of a sequential stream that does not state it (default: 4096)",
-    )
-    parser.add_argument(
-        "--base",
-        metavar="PATH",
-        default=None,
-        help="the base of increments (default: the path that they record)",
-    )
+    add_page_size(parser)
+    add_base(parser)
     add_channels(parser)
 
 

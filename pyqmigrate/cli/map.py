@@ -47,10 +47,10 @@ from pyqmigrate.analysis.picture.terminal import (
 )
 from pyqmigrate.analysis.random_access import random_access
 from pyqmigrate.analysis.scan import CELLS_MAX, memory_map
-from pyqmigrate.cli.arguments import Verbs, add_channels, add_verb
+from pyqmigrate.cli.arguments import Verbs, add_base, add_channels, add_page_size, add_verb
 from pyqmigrate.cli.outcome import Outcome, printable
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.sizes import read_size, show_size
+from pyqmigrate.cli.sizes import read_range, show_size
 from pyqmigrate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,19 +117,8 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--no-working-set", action="store_true", help="do not show SNAPSHOT.workingset"
     )
-    parser.add_argument(
-        "--page-size",
-        type=read_size,
-        metavar="SIZE",
-        default=None,
-        help="of a sequential stream that does not state it (default: 4096)",
-    )
-    parser.add_argument(
-        "--base",
-        metavar="PATH",
-        default=None,
-        help="the base of increments (default: the path that they record)",
-    )
+    add_page_size(parser)
+    add_base(parser)
     add_channels(parser)
 
 
@@ -139,29 +128,12 @@ def read_extent(text: str) -> Extent:
     A name with a colon is possible: only the last one can be before numbers.
     """
     name, colon, numbers = text.rpartition(":")
-    if not colon and _numbers(text) is None:
+    if not colon and read_range(text) is None:
         return Extent(0, _ADDRESS_END, text)
-    found = _numbers(numbers)
+    found = read_range(numbers)
     if found is None:
         return Extent(0, _ADDRESS_END, text)
     return Extent(*found, name if colon else None)
-
-
-def _numbers(text: str) -> tuple[int, int] | None:
-    for sign in "-+":
-        start, found, end = text.partition(sign)
-        if not found:
-            continue
-        try:
-            first, second = read_size(start), read_size(end)
-        except argparse.ArgumentTypeError:
-            return None
-        if sign == "+":
-            second += first
-        if second <= first:
-            raise argparse.ArgumentTypeError(f"{text!r} ends before it starts")
-        return first, second
-    return None
 
 
 def _read_cells(text: str) -> int:

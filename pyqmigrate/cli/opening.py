@@ -6,9 +6,8 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
-from pyqmigrate.cli.arguments import Parser, add_bitmap_order, add_offset
+from pyqmigrate.cli.arguments import Parser, add_base, add_bitmap_order, add_offset, add_page_size
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.detect import open_snapshot
@@ -20,13 +19,7 @@ def add_snapshot(parser: Parser) -> None:
     """Add SNAPSHOT, and the options about it."""
     parser.add_argument("snapshot", metavar="SNAPSHOT", help="a file, or - for standard input")
     add_offset(parser)
-    parser.add_argument(
-        "--page-size",
-        type=read_size,
-        metavar="SIZE",
-        default=None,
-        help="of a sequential stream that does not state it (default: 4096)",
-    )
+    add_page_size(parser)
     add_bitmap_order(parser)
     parser.add_argument(
         "--index",
@@ -34,12 +27,7 @@ def add_snapshot(parser: Parser) -> None:
         default=None,
         help="keep an index of a sequential stream there: where its pages are, for random reads",
     )
-    parser.add_argument(
-        "--base",
-        metavar="PATH",
-        default=None,
-        help="the base of an increment (default: the path that the increment records)",
-    )
+    add_base(parser)
 
 
 @contextlib.contextmanager

@@ -26,11 +26,12 @@ from pyqmigrate.cli.arguments import (
     add_channels,
     add_direct_io,
     add_offset,
+    add_page_size,
     add_verb,
 )
 from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data, shown_seal
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.sizes import read_size, show_rate, show_size
+from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import refuse_standard
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.integrity.seal import seal
@@ -47,13 +48,7 @@ def add_parser(verbs: Verbs) -> None:
         default="xxh3-128",
         help="digest algorithm (default: xxh3-128; blake3 and sha256 also detect deliberate changes)",
     )
-    parser.add_argument(
-        "--page-size",
-        type=read_size,
-        metavar="SIZE",
-        default=None,
-        help="page size of a sequential stream that does not record it (default: 4096)",
-    )
+    add_page_size(parser)
     add_bitmap_order(parser)
     add_offset(parser)
     add_channels(parser, default=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pyqmigrate.cli.arguments import Parser, add_channels
-from pyqmigrate.cli.sizes import read_size
+from pyqmigrate.cli.sizes import read_range
 
 __all__ = ["add_area", "shown_place"]
 
@@ -24,15 +24,12 @@ def add_area(parser: Parser) -> None:
 
 
 def _read_range(text: str) -> tuple[int, int]:
-    first, dash, end = text.partition("-")
-    if not dash:
+    found = read_range(text)
+    if found is None:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a range; write it as 0x1000-0x2000 or 1G-2G"
         )
-    addresses = read_size(first), read_size(end)
-    if addresses[0] >= addresses[1]:
-        raise argparse.ArgumentTypeError(f"the range {text!r} is empty")
-    return addresses
+    return found
 
 
 def shown_place(block: str, offset: int, address: int | None) -> str:

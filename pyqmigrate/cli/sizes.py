@@ -9,7 +9,7 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
 from pyqmigrate.format.uri import parse_size
 
-__all__ = ["MIB", "read_size", "show_rate", "show_size"]
+__all__ = ["MIB", "read_range", "read_size", "show_rate", "show_size"]
 
 MIB = 1 << 20
 
@@ -33,6 +33,24 @@ def read_size(text: str) -> int:
     if size > OFFSET_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is too large: the limit of a file is 8 EiB")
     return size
+
+
+def read_range(text: str) -> tuple[int, int] | None:
+    """Return the first byte and the end of FROM-TO or FROM+LENGTH, for argparse; None if it is neither."""
+    for sign in "-+":
+        start, found, end = text.partition(sign)
+        if not found:
+            continue
+        try:
+            first, second = read_size(start), read_size(end)
+        except argparse.ArgumentTypeError:
+            return None
+        if sign == "+":
+            second += first
+        if second <= first:
+            raise argparse.ArgumentTypeError(f"the range {text!r} is empty")
+        return first, second
+    return None
 
 
 def show_size(size: int) -> str:
