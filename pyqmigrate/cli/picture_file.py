@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pyqmigrate.errors import TargetError, UsageError
-from pyqmigrate.format.svg import is_svg
-from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
+from pyqmigrate.io.own_files import check_replaceable, write_whole
+from pyqmigrate.io.picture_kinds import PICTURES
 
 __all__ = ["check_picture_place", "write_picture"]
-
-_KINDS = {
-    ".png": FileKind("picture", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n")),
-    ".svg": FileKind("picture", is_svg),
-}
 
 
 def check_picture_place(path: str, *suffixes: str) -> Path:
@@ -29,7 +24,7 @@ def check_picture_place(path: str, *suffixes: str) -> Path:
     suffix = Path(path).suffix.lower()
     if suffix not in suffixes:
         raise UsageError(f"the name of the picture must end in {' or '.join(suffixes)}: {path!r}")
-    place = check_replaceable(path, _KINDS[suffix])
+    place = check_replaceable(path, PICTURES[suffix])
     if not os.access(place.parent, os.W_OK):
         number = errno.EACCES if place.parent.exists() else errno.ENOENT
         raise TargetError(number, "cannot write the picture", path)
@@ -39,4 +34,4 @@ def check_picture_place(path: str, *suffixes: str) -> Path:
 def write_picture(place: Path, path: str, write: Callable[[BinaryIO], object]) -> None:
     """Write the picture at ``place``, which :func:`check_picture_place` returned for ``path``. Raises
     UsageError if another kind of file is there now, TargetError."""
-    write_whole(place, _KINDS[Path(path).suffix.lower()], write, sync_name=False)
+    write_whole(place, PICTURES[Path(path).suffix.lower()], write, sync_name=False)

@@ -36,12 +36,13 @@ COLOURS = {
 }
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 _MONOSPACE = "ui-monospace, 'DejaVu Sans Mono', monospace"
+_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" data-by="pyqmigrate"'
 _WIDTH = 0.56  # of a character, by its height: what the fonts above have, and a little more
 
 
 def is_svg(head: bytes) -> bool:
-    """Return whether a file with these first bytes is an SVG of this package."""
-    return head.startswith(b"<svg xmlns=")
+    """Return whether a file with these first 64 bytes is an SVG of this package."""
+    return head.startswith(_HEAD.encode())
 
 
 def text_width(text: str, size: float = 12) -> float:
@@ -80,7 +81,7 @@ class Svg:
         self._background = background
         self._parts: list[str] = []
         self._head = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_number(width)} {_number(height)}"'
+            f'{_HEAD} viewBox="0 0 {_number(width)} {_number(height)}"'
             f' width="{_number(width)}" height="{_number(height)}" role="img"'
             f' font-family="{_FONT}" font-size="12">',
             f"<title>{_text(title)}</title>",

@@ -9,8 +9,8 @@ from pathlib import Path
 from pyqmigrate.analysis.areas import Extent
 from pyqmigrate.analysis.map_report import MemoryMap
 from pyqmigrate.analysis.picture.colours import ThemeName
-from pyqmigrate.format.svg import is_svg
-from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
+from pyqmigrate.io.own_files import check_replaceable, write_whole
+from pyqmigrate.io.picture_kinds import PICTURES
 from pyqmigrate.snapshot.base import Snapshot
 
 __all__ = ["PictureForm", "check_place", "write_picture"]
@@ -20,13 +20,6 @@ class PictureForm(enum.StrEnum):
     PNG = "png"
     SVG = "svg"
     HTML = "html"
-
-
-_KINDS = {
-    PictureForm.PNG: FileKind("picture", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n")),
-    PictureForm.SVG: FileKind("picture", is_svg),
-    PictureForm.HTML: FileKind("page", lambda head: head.lower().startswith(b"<!doctype html")),
-}
 
 
 def check_place(name: str | os.PathLike[str], form: PictureForm) -> Path:
@@ -39,7 +32,7 @@ def check_place(name: str | os.PathLike[str], form: PictureForm) -> Path:
         from pyqmigrate.analysis.picture.png import check_available
 
         check_available()
-    return check_replaceable(name, _KINDS[form])
+    return check_replaceable(name, PICTURES[f".{form}"])
 
 
 def write_picture(
@@ -60,7 +53,9 @@ def write_picture(
         from pyqmigrate.analysis.picture.html import html_of
 
         pieces = html_of(found, snapshot, extent)
-        write_whole(place, _KINDS[form], lambda file: file.writelines(pieces), sync_name=False)
+        write_whole(
+            place, PICTURES[f".{form}"], lambda file: file.writelines(pieces), sync_name=False
+        )
         return
     if form is PictureForm.SVG:
         from pyqmigrate.analysis.picture.svg import svg_of
@@ -70,4 +65,4 @@ def write_picture(
         from pyqmigrate.analysis.picture.png import png_of
 
         data = png_of(found, theme)
-    write_whole(place, _KINDS[form], lambda file: file.write(data), sync_name=False)
+    write_whole(place, PICTURES[f".{form}"], lambda file: file.write(data), sync_name=False)

@@ -16,6 +16,7 @@ from pyqmigrate.analysis.areas import Extent, Part
 from pyqmigrate.analysis.map_report import MemoryMap
 from pyqmigrate.format.printable import printable
 from pyqmigrate.io.page_map import SUMMARY
+from pyqmigrate.io.picture_kinds import HTML_HEAD
 from pyqmigrate.snapshot.base import Snapshot
 
 __all__ = ["BYTES_MAX", "html_of"]
@@ -33,7 +34,7 @@ def html_of(found: MemoryMap, snapshot: Snapshot, extent: Extent | None = None) 
     """
     template = _file("page.html")
     before, after = template.split("<!-- data -->")
-    yield before.replace("/* style */", _file("page.css")).encode()
+    yield HTML_HEAD + before.replace("/* style */", _file("page.css")).encode()
     limit = FIRST_BYTES if extent is None else BYTES_MAX
     pieces: list[tuple[int, int, int]] = []
     complete = True

@@ -70,6 +70,22 @@ def test_a_file_of_another_kind_is_not_replaced(
         opened.verify()
 
 
+@pytest.mark.parametrize(
+    ("form", "theirs"),
+    [
+        ("svg", '<svg xmlns="http://www.w3.org/2000/svg" width="1"></svg>'),
+        ("html", "<!DOCTYPE html>\n<html><body>notes</body></html>"),
+    ],
+)
+def test_pictures_and_pages_of_others_are_not_replaced(
+    form: str, theirs: str, snapshot: Path, command: Command, tmp_path: Path
+) -> None:
+    target = tmp_path / f"index.{form}"
+    target.write_text(theirs)
+    assert command("map", snapshot, f"--{form}", target).code == 2
+    assert target.read_text() == theirs
+
+
 def test_changed_pages_are_marked(snapshot: Path, command: Command, tmp_path: Path) -> None:
     blocks = {"pc.ram": pages(9, 7), "vga.vram": pages(6, 2)}
     make_snapshot(tmp_path / "other", blocks, machine="pc-q35-10.0")
