@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyqmigrate.argument_types import check
-from pyqmigrate.core import CHUNK, Channel, JobState, Totals, error_from_fault
+from pyqmigrate.core import CHUNK, Channel, Fault, JobState, Totals, error_from_fault
 from pyqmigrate.errors import Cancelled, UsageError
 from pyqmigrate.io.threads import start_thread
 
@@ -120,6 +120,31 @@ class Channels:
 
     def totals(self) -> Totals:
         return self.core.totals()
+
+    def run_readers(
+        self,
+        ranges: Iterable[Range],
+        call: Callable[[Channel, Range], int],
+        block_names: list[str],
+        failed: Callable[[int, Fault, str], BaseException],
+    ) -> None:
+        """Work through ``ranges`` of snapshots that are read as memory; ``call`` is one call into the core.
+
+        ``failed(number, fault, block)`` returns the exception for pages that cannot be read: the errno,
+        where, and the name of the block. Raises that, MemoryError, Cancelled.
+        """
+
+        def read(channel: Channel, item: Range) -> int:
+            rc = int(call(channel, item))
+            if rc == 0:
+                return 0
+            if self.cancelled:
+                raise Cancelled("cancelled")
+            if not channel.fault.in_memory:
+                raise MemoryError
+            raise failed(-rc, channel.fault, block_names[item.block])
+
+        self.run(ranges, read, "a snapshot", block_names)
 
     def run(
         self,

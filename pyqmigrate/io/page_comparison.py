@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pyqmigrate import _core
 from pyqmigrate.core import Channel
-from pyqmigrate.errors import Cancelled, UsageError
+from pyqmigrate.errors import UsageError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, selected_ranges, split_ranges
 from pyqmigrate.io.memory import OpenMemory, SnapshotMemory
@@ -113,22 +113,17 @@ def compare_pages(
     cores = [comparison.core(channels) for comparison in comparisons]
 
     def compare(channel: Channel, item: Range) -> int:
-        fault = channel.fault
-        rc = int(
-            _core.lib.qm_compare_memories(
-                cores[item.block], channel.core, item.first, item.npages, fault.core
-            )
+        return _core.lib.qm_compare_memories(
+            cores[item.block], channel.core, item.first, item.npages, channel.fault.core
         )
-        if rc == 0:
-            return 0
-        if channels.cancelled:
-            raise Cancelled("cancelled")
-        if not fault.in_memory:
-            raise MemoryError
-        raise failed(-rc, fault.block, comparisons[item.block].name)
 
     names = [comparison.name for comparison in comparisons]
-    channels.run(_ranges(comparisons), compare, "a snapshot", names)
+    channels.run_readers(
+        _ranges(comparisons),
+        compare,
+        names,
+        lambda number, fault, block: failed(number, fault.block, block),
+    )
 
 
 def _ranges(comparisons: Sequence[PageComparison]) -> Iterator[Range]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.core import Channel
-from pyqmigrate.errors import Cancelled, UsageError
+from pyqmigrate.errors import UsageError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, split_ranges
 from pyqmigrate.io.memory import OpenMemory, SnapshotMemory
@@ -135,22 +135,14 @@ def map_pages(
     cores = [part.core(channels) for part in parts]
 
     def count(channel: Channel, item: Range) -> int:
-        fault = channel.fault
-        rc = int(
-            _core.lib.qm_map_pages(
-                cores[item.block], channel.core, item.first, item.npages, fault.core
-            )
+        return _core.lib.qm_map_pages(
+            cores[item.block], channel.core, item.first, item.npages, channel.fault.core
         )
-        if rc == 0:
-            return 0
-        if channels.cancelled:
-            raise Cancelled("cancelled")
-        if not fault.in_memory:
-            raise MemoryError
-        raise failed(-rc, parts[item.block].name)
 
     names = [part.name for part in parts]
-    channels.run(_ranges(parts), count, "a snapshot", names)
+    channels.run_readers(
+        _ranges(parts), count, names, lambda number, _fault, block: failed(number, block)
+    )
 
 
 def _ranges(parts: Sequence[MapPart]) -> Iterator[Range]:
