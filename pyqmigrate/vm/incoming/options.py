@@ -103,11 +103,6 @@ class RestoreOptions(NamedTuple):
         return self.mode is not Mode.LAZY
 
     @property
-    def may_be_lazy(self) -> bool:
-        """Whether the mode allows a lazy restore."""
-        return self.mode in (Mode.AUTO, Mode.LAZY)
-
-    @property
     def reads_ahead(self) -> bool:
         """Whether the working set of a snapshot of a store is read ahead as soon as that is open.
 

@@ -102,7 +102,7 @@ async def answered(started: QemuProcess) -> QemuSession:
     except QemuError as error:
         try:
             what = await asyncio.to_thread(started.describe, "QEMU does not start")
-        finally:  # also if this task is cancelled meanwhile
+        finally:  # also if this task is cancelled while it waits
             await shielded(asyncio.to_thread(started.end))
         raise QemuError(what) from error
     except BaseException:

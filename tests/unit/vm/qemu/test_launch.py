@@ -1,4 +1,4 @@
-"""A QEMU that does not start is ended, whatever happens to whoever waits for it."""
+"""A QEMU that does not start is ended, even if its start is cancelled."""
 
 from __future__ import annotations
 
