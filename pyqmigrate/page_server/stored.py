@@ -10,7 +10,6 @@ import errno
 import threading
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError
 from pyqmigrate.format.postcopy.records import RecordData
@@ -24,7 +23,6 @@ from pyqmigrate.format.working_set import TouchedRun
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.threads import start_thread
 from pyqmigrate.page_server.sources import PageSource, ReadAt, guest_state
-from pyqmigrate.store.frames import FrameId
 from pyqmigrate.store.pack_cache import default_directory
 from pyqmigrate.store.store import Store
 from pyqmigrate.store.stored_file import StoredFile
@@ -109,21 +107,9 @@ class StoredSource(PageSource):
             self._prefetching = thread
 
     def _prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Load the frames that have the ranges.
-
-        StoredFile.prefetch would wait while the guest waits for a page: it always does here.
-        """
-        file = self._file.file
-        with (
-            contextlib.suppress(PyqmigrateError, OSError),  # met again when the pages are sent
-            ThreadPoolExecutor(self.readers, "pyqmigrate-prefetch") as pool,
-        ):
-            for frame in file.frames_of(ranges):
-                pool.submit(self._load, frame)
-
-    def _load(self, frame: FrameId) -> None:
-        if not self._stop.is_set():
-            self._file.file.frames.load([frame], demand=False)
+        """Load the frames that have the ranges, also while the guest waits for a page, as it always does."""
+        with contextlib.suppress(PyqmigrateError, OSError):  # met again when the pages are sent
+            self._file.file.prefetch(ranges, workers=self.readers, stop=self._stop, gives_way=False)
 
     def working_set(self) -> bytes:
         return bytes(self._file.file.companions.get(WORKING_SET_SUFFIX, b""))

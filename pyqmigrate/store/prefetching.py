@@ -37,6 +37,7 @@ class Prefetch:
         workers: int,
         stop: threading.Event,
         decompress: bool,
+        gives_way: bool,
         done: Callable[[int, int], None] | None,
     ) -> None:
         self._file = file
@@ -49,7 +50,7 @@ class Prefetch:
         self._count = 0
         self._remote = file.frames.packs.place.directory is None
         self._together = _FEW
-        self._gives_way = True
+        self._may_wait = self._gives_way = gives_way
 
     def run(self, ranges: Iterable[tuple[int, int]]) -> int:
         work = self._batches(ranges)
@@ -102,7 +103,7 @@ class Prefetch:
         is not urgent, and always gives way."""
         quick = seconds < _QUICK
         self._together = min(2 * self._together, _MANY) if quick else max(self._together // 2, _FEW)
-        self._gives_way = not (quick and self._decompress)
+        self._gives_way = self._may_wait and not (quick and self._decompress)
 
     def _batches(self, ranges: Iterable[tuple[int, int]]) -> Iterator[_Batch]:
         """Yield frames to read together, in the order of the ranges; each frame in one batch."""

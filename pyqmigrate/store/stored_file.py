@@ -172,17 +172,21 @@ class StoredFile:
         workers: int = 3,
         stop: threading.Event | None = None,
         decompress: bool = True,
+        gives_way: bool = True,
         done: Callable[[int, int], None] | None = None,
     ) -> int:
         """Read ``ranges``, of (offset, length) each, ahead; return the number of frames that were.
 
         It ends when all are read, or ``stop`` is set. In the given order, by ``workers`` threads, in
-        small requests, each of which waits until no reader waits for a frame. ``done`` is called by a
+        small requests, each of which waits until no reader waits for a frame, unless it does not give
+        way. ``done`` is called by a
         worker with each range that is ready, soon after it is. Without ``decompress``, frames only get
         into the local cache of packs. Raises TargetError.
         """
         try:
-            return Prefetch(self, workers, stop or threading.Event(), decompress, done).run(ranges)
+            return Prefetch(
+                self, workers, stop or threading.Event(), decompress, gives_way, done
+            ).run(ranges)
         except DamagedPack as error:
             raise error.of(self.name) from error
 
