@@ -58,6 +58,7 @@ def shm() -> Iterator[Path]:
 @pytest.fixture
 def same_descriptors() -> Iterator[None]:
     """Fails the test when it ends with other open descriptors than it began with."""
+    gc.collect()  # what an earlier test left is closed now, not in the middle of this one
     before = descriptors()
     yield
     gc.collect()

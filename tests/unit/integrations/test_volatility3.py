@@ -62,8 +62,10 @@ def test_nothing_is_stacked_on_another_file(tmp_path: Path, content: bytes) -> N
     (tmp_path / "f").write_bytes(content)
     context = contexts.Context()
     context.config["file.location"] = (tmp_path / "f").as_uri()
-    context.add_layer(physical.FileLayer(context, "file", "file"))
+    layer = physical.FileLayer(context, "file", "file")
+    context.add_layer(layer)
     assert integration.SnapshotStacker.stack(context, "file") is None
+    layer.destroy()
 
 
 def test_snapshot_that_cannot_be_placed_is_explained(
