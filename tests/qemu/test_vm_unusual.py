@@ -59,6 +59,8 @@ def restores(path: Path, arguments: list[str], memory: dict[str, bytes], run_sta
     async def run() -> None:
         guest = await vm.restore(path, command, paused=True)
         try:
+            if guest.lazy is not None:  # pages that are missing cannot be read from outside
+                await guest.lazy.completed()
             assert_same_blocks(await memory_of(guest.monitor, guest.process.pid), memory)
             if run_state not in ("paused", "prelaunch"):
                 await guest.monitor.execute("cont")
