@@ -26,7 +26,7 @@ endif
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-newer-qemu lint types cc docs man sanitize tsan bench wheel clean \
+.PHONY: demo test test-long test-newer-qemu lint types cc docs man sanitize tsan bench readme wheel clean \
         distclean test-system newer-qemu-system bench-system
 
 demo: $(VENV)/.with-cli
@@ -123,6 +123,10 @@ bench: bench-system $(VENV)/.with-cli,bench
 	$(BIN)/python bench/compare --json build/bench/samples.json \
 	    --growth-plot docs/pictures/growth.svg $(BENCH_ARGS)
 	$(BIN)/python -m pytest bench/micro bench/compare/test_growth_chart.py --benchmark-json=build/bench/micro.json $(MICRO_ARGS)
+
+# README's table and chart, from the last `make bench`.
+readme: $(VENV)/.with-bench
+	$(BIN)/python bench/readme_table.py build/bench/samples.json
 	$(BIN)/python bench/readme_chart.py
 
 # The wheel is built from the sdist, so both are tested. Both contain the manual pages, in man/, because

@@ -20,36 +20,26 @@ from pyqmigrate.format.svg import Svg, nice_step
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "speed.svg"
 
-# What a row of the table is called here; a row with two numbers has two names.
-NAMES = {
-    "pyqmigrate, memory as": ("pyqmigrate, memory as a file", "pyqmigrate, memory as a buffer"),
-    "pyqmigrate vm save": ("pyqmigrate vm save, engine direct", "pyqmigrate vm save, engine qemu"),
-    "QEMU, mapped-ram": ("QEMU with direct I/O, its defaults",),
-    "QEMU, the best": ("QEMU, the best of its settings",),
-    "libvirt": ("libvirt, parallel, no page cache",),
-    "fio": ("fio, 1 MiB direct writes",),
-}
 OURS = "pyqmigrate"
 
-_WIDTH, _LEFT, _RIGHT = 960, 250, 60
+_WIDTH, _LEFT, _RIGHT = 960, 300, 60
 _HEAD, _PANEL_HEAD, _ROW, _BAR, _FOOT = 66, 34, 19, 13, 34
 _TICKS = 8
 
 
 @dataclass(frozen=True)
 class Bar:
-    """How long a contender took, in seconds."""
+    """How long a contender took, in seconds: the median, the fastest and the slowest run."""
 
     name: str
     seconds: float
+    least: float
+    most: float
 
 
 def read_table(page: str) -> dict[str, list[Bar]]:
-    """Return the bars of each column of the table, by its heading.
-
-    Raises ValueError for a row without a name.
-    """
-    found = re.search(r"^\| seconds \|.*?(?=\n\n)", page, re.MULTILINE | re.DOTALL)
+    """Return the bars of each column of the table, by its heading."""
+    found = re.search(r"^\| seconds .*?(?=\n\n|\n<)", page, re.MULTILINE | re.DOTALL)
     if found is None:
         raise ValueError("README.md has no table of seconds")
     head, _, *rows = [
@@ -58,22 +48,26 @@ def read_table(page: str) -> dict[str, list[Bar]]:
     ]
     bars: dict[str, list[Bar]] = {title: [] for title in head[1:]}
     for label, *cells in rows:
-        names = next((names for start, names in NAMES.items() if label.startswith(start)), None)
-        if names is None:
-            raise ValueError(f"the row {label!r} has no name in bench/readme_chart.py")
         for title, cell in zip(head[1:], cells, strict=False):
-            numbers = [float(number) for number in cell.split("/") if number.strip()]
-            bars[title] += [Bar(*bar) for bar in zip(names, numbers, strict=False)]
+            if numbers := [float(number) for number in re.findall(r"[\d.]+", cell)]:
+                bars[title].append(
+                    Bar(label, numbers[0], numbers[-2 if numbers[1:] else 0], numbers[-1])
+                )
     return bars
 
 
 def draw(tables: dict[str, list[Bar]]) -> bytes:
     """Return the chart as an SVG."""
-    longest = max(bar.seconds for bars in tables.values() for bar in bars)
+    longest = max(bar.most for bars in tables.values() for bar in bars)
     height = _HEAD + sum(_PANEL_HEAD + _ROW * len(bars) for bars in tables.values()) + _FOOT
     svg = Svg(_WIDTH, height, "Seconds to save 4 GiB of guest RAM, to the fsync")
     svg.text(20, 30, "Seconds to save 4 GiB of guest RAM, to the fsync", size=17, bold=True)
-    svg.text(20, 50, "medians of one run, interleaved; shorter is better", "muted")
+    svg.text(
+        20,
+        50,
+        "medians of one run, interleaved, with the fastest and the slowest; shorter is better",
+        "muted",
+    )
     step = nice_step(longest, _TICKS)
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
     end = height - _FOOT + 6
@@ -90,10 +84,19 @@ def draw(tables: dict[str, list[Bar]]) -> bytes:
         for bar in bars:
             ours = bar.name.startswith(OURS)
             svg.text(_LEFT - 10, y + 12, bar.name, "ink" if ours else "muted", anchor="end")
-            width, shown = bar.seconds * scale, f"{bar.seconds:.1f}"
-            colour = "blue" if ours else "grey"
+            shown, colour = f"{bar.seconds:.2f}", "blue" if ours else "grey"
+            width = bar.seconds * scale
             svg.rectangle(_LEFT, y + 2, width, _BAR, colour, radius=2, tip=f"{bar.name}: {shown} s")
-            svg.text(_LEFT + width + 6, y + 12, shown, "ink" if ours else "muted", bold=ours)
+            least, most, middle = (
+                _LEFT + bar.least * scale,
+                _LEFT + bar.most * scale,
+                y + 2 + _BAR / 2,
+            )
+            if bar.most > bar.least:
+                svg.line([(least, middle), (most, middle)], "ink")
+                for x in (least, most):
+                    svg.line([(x, middle - 3), (x, middle + 3)], "ink")
+            svg.text(most + 6, y + 12, shown, "ink" if ours else "muted", bold=ours)
             y += _ROW
     return svg.encode()
 

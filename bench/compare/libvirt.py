@@ -75,4 +75,5 @@ def _save(libvirt: Libvirt, ram: SharedRam, path: Path, channels: int) -> Sample
         "--bypass-cache",
     )
     sync_file(path)
-    return Sample(time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Sample(seconds, facts={"version": libvirt.virsh("--version").strip()})
