@@ -85,7 +85,9 @@ async def save(
     If anything fails, or this is cancelled or its process killed, the guest is left as it was found
     and no file remains. Once it has its name, the snapshot and the disk snapshots that belong to it
     stay, also if this is cancelled or the name cannot be made durable (NotDurable); then it is not
-    sealed, and QEMU is not ended. Raises UsageError, NotSupported (no live method is possible, or none is expected to keep
+    sealed, and QEMU is not ended.
+
+    Raises UsageError, NotSupported (no live method is possible, or none is expected to keep
     ``max_pause``), QemuError (QemuGone if QEMU ended; LiveSaveAbandoned if the last possible method
     would have paused the guest for too long, or would not have ended), TargetError (NoSpace,
     NotDurable, DirectIORefused), GuestMemoryError, and SnapshotError if the written file does not
