@@ -1072,4 +1072,9 @@ int64_t qm_postcopy_last_asked(const qm_postcopy *postcopy);
  * -EOPNOTSUPP: the file system does not support it; -ENOSYS: the kernel does not report it. */
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);
 
+/* Return whether direct writes to the file gain nothing: btrfs computes checksums, and by its version the
+ * kernel makes them buffered, or stores a wrong checksum if the memory changes during the write. Files
+ * with the attribute NOCOW have no checksums. */
+int qm_buffers_direct_writes(int fd);
+
 #endif

@@ -10,9 +10,7 @@ Holes are not read. Pieces in the page cache are read from there, others with di
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.channels import Channels, Range
 from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.holes import next_data
+from pyqmigrate.io.huge_buffer import huge_buffer
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.page_cache import cached_bytes
 from pyqmigrate.io.plain_file import PlainFile
@@ -116,11 +115,7 @@ class Digests:
 
         def read(_: Channel, item: Range) -> int:
             if not hasattr(local, "buffer"):
-                memory = mmap.mmap(-1, PIECE)
-                memory.madvise(mmap.MADV_DONTFORK)  # a child would split it from what is read
-                with contextlib.suppress(OSError):  # not every kernel has huge pages
-                    memory.madvise(mmap.MADV_HUGEPAGE)
-                local.buffer = memoryview(memory)
+                local.buffer = huge_buffer(PIECE)
             for number in range(item.first, item.first + item.npages):
                 if channels.cancelled:
                     return -errno.ECANCELED

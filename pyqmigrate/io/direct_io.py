@@ -21,8 +21,8 @@ _LARGEST_ALIGN = 65536
 class DirectIO(enum.StrEnum):
     """Whether pages bypass the page cache.
 
-    ``on``: yes, or :class:`~pyqmigrate.errors.DirectIORefused`. ``off``: no. ``auto``: if the file
-    system reports an alignment and an aligned write works.
+    ``on``: yes, or :class:`~pyqmigrate.errors.DirectIORefused`. ``off``: no. ``auto``: if the alignment is
+    known and an aligned write works; not for writes to a file of which btrfs has checksums.
     """
 
     ON = "on"
@@ -54,6 +54,11 @@ def find_direct(
     alignment = _alignment(fd, setting)
     if isinstance(alignment, str):
         return None, alignment
+    if setting is DirectIO.AUTO and write_at is not None and _core.lib.qm_buffers_direct_writes(fd):
+        return None, (
+            "btrfs has checksums of this file and makes direct writes buffered; it has none of files that are "
+            "made in a directory with chattr +C"
+        )
     mem_align, off_align = alignment
     flags = (os.O_WRONLY if write_at is not None else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC
     what, direct = "open with O_DIRECT", -1
