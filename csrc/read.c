@@ -14,6 +14,10 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 #define HUGE_PAGE ((uint64_t)2 << 20)
+/* How far memory is made present before it is read into: what the queue of a channel has under way. A
+ * device that serves a queue in bursts finds the next reads ready, and the kernel zeroes the memory while
+ * the channel would wait for the device. */
+#define AHEAD (QM_QUEUE * QM_QUEUE_PIECE)
 
 struct reader {
     const struct qm_transfer *transfer;
@@ -25,6 +29,7 @@ struct reader {
     int small;    /* the memory is a file of small pages */
     int pagemap;  /* for direct reads into plain memory; -1 if there is none */
     int straight; /* this chunk needs no bounce buffer */
+    uint64_t present; /* up to this page, make_present() has been called */
 };
 
 static int read_fault(struct reader *r, off_t bad, int rc)
@@ -153,21 +158,38 @@ static int read_set(struct reader *r, uint64_t first, uint64_t end)
 
 /* ---- chunks --------------------------------------------------------------------------------- */
 
+/* Make the first page with data in each huge page of [from, to) present; the kernel takes a huge page for
+ * it if it takes any there. -errno: an old kernel, or memory that cannot be written; a read reports
+ * that. */
+static int make_present(struct reader *r, uint64_t from, uint64_t to)
+{
+    const struct qm_transfer *t = r->transfer;
+    uint32_t page = t->block->page_size;
+    uintptr_t system_page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    if (from < r->present)
+        from = r->present;
+    if (to > r->present)
+        r->present = to;
+    for (uint64_t k = next_set(t->data, from, to); k < to;) {
+        uintptr_t bytes = (uintptr_t)(t->memory->base + k * page);
+        if (madvise((void *)(bytes - bytes % system_page), system_page, MADV_POPULATE_WRITE))
+            return -errno;
+        k += (HUGE_PAGE - bytes % HUGE_PAGE + page - 1) / page;
+        k = k < to ? next_set(t->data, k, to) : to;
+    }
+    return 0;
+}
+
 /* Return whether the pages [from, to), which are about to be read, are or will be in short pieces of
- * the machine's memory. The first one with data is made present: the kernel takes a huge page for it
- * if it takes any there. */
-static int is_scattered(const struct reader *r, uint64_t from, uint64_t to)
+ * the machine's memory. */
+static int is_scattered(struct reader *r, uint64_t from, uint64_t to)
 {
     const struct qm_transfer *t = r->transfer;
     uint64_t first = next_set(t->data, from, to);
-    if (first == to)
+    if (first == to || make_present(r, from, to))
         return 0;
     uint32_t page = t->block->page_size;
-    uintptr_t system_page = (uintptr_t)sysconf(_SC_PAGESIZE);
     unsigned char *bytes = t->memory->base + first * page;
-    unsigned char *start = bytes - (uintptr_t)bytes % system_page;
-    if (madvise(start, system_page, MADV_POPULATE_WRITE))
-        return 0; /* an old kernel, or memory that cannot be written: a straight read reports that */
     uint64_t len = (to - first) * page, rest = HUGE_PAGE - (uintptr_t)bytes % HUGE_PAGE;
     return qm_is_scattered(r->pagemap, bytes, (size_t)(len < rest ? len : rest));
 }
@@ -175,7 +197,7 @@ static int is_scattered(const struct reader *r, uint64_t from, uint64_t to)
 /* Return whether the pages [from, to) are read without a copy. A device takes a few hundred pieces of
  * memory in a request: a direct read into scattered pages becomes several requests, and takes longer than
  * one into a bounce buffer with a copy. */
-static int choose_straight(const struct reader *r, uint64_t from, uint64_t to)
+static int choose_straight(struct reader *r, uint64_t from, uint64_t to)
 {
     if (!r->aligned || r->unit == 1)
         return r->aligned;
@@ -206,6 +228,8 @@ static int read_range(struct reader *r, uint64_t first, uint64_t end)
         int rc = t->memory->fd >= 0 && !r->straight ? check_memory(r, from, to) : 0;
         if (rc == 0)
             rc = read_set(r, from, to);
+        if (rc == 0 && r->pagemap >= 0 && r->straight)
+            make_present(r, to, end - to < AHEAD / page ? end : to + AHEAD / page);
         if (rc == 0 && t->policy->zero_clear)
             rc = qm_store_clear(t, from, to, r->fault);
         if (rc)
