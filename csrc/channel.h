@@ -12,7 +12,8 @@
 #define QM_QUEUE_PIECE ((size_t)1 << 20)
 /* Transfers with more iovecs are synchronous: their cost is in the number of iovecs. */
 #define QM_SLOT_IOV 256
-#define QM_BUFFERS 4
+/* While one buffer of a chunk is filled, the transfers that run are of the two chunks before. */
+#define QM_BUFFERS 3
 
 struct qm_slot {
     int opcode, fd, n;

@@ -30,6 +30,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import pyqmigrate
+from bench.compare.buffers import anonymous_savers
 from bench.compare.contenders import Contender, SharedRam, load_contenders, save_contenders
 from bench.compare.growth import draw_growth, growth
 from bench.compare.lazy import lazy
@@ -79,6 +80,7 @@ _SLOW = 4.0  # times the fastest
 _SLOW_SECONDS = 10.0
 _SCAN_ROUNDS = 9
 _SEAL_ROUNDS = 7  # at least: a few percent must be distinguished
+_COPIES = 4  # of the guest's memory for saves: shared, two anonymous, libvirt's guest
 _LOAD_CHANNELS = (4, 8)  # besides --channels
 
 
@@ -91,6 +93,7 @@ class Bench:
         self.slow_repeat: int = options.slow_repeat
         self.channels: int = options.channels
         self.live_rows: list[str] = options.live
+        self.contents = [Contents(name) for name in options.contents]
         self.disk = disk
         self.path = disk.directory / "guest.mapped"
         self.results = Results()
@@ -100,7 +103,7 @@ class Bench:
             measure_scan(min(GIB, self.size), _SCAN_ROUNDS, self.results)
         if {"saves", "cpu", "loads"} & set(parts):
             with SharedRam(self.size, present=True) as ram:
-                for contents in Contents:
+                for contents in self.contents:
                     if parts == ["loads"] and contents is Contents.SPECKLED:
                         continue
                     say(f"filling {self.size / GIB:g} GiB, {contents}")
@@ -151,8 +154,12 @@ class Bench:
         data = pages * 4096 if contents is Contents.DENSE else 0
         contenders = save_contenders(ram, self.path, self.disk, self.channels, data)
         contenders += vm_savers(ram, self.path, self.channels)
-        with libvirt_savers(ram, self.path, self.channels) as theirs:
-            self.take_turns(f"save {contents}", contenders + theirs, self.make_room)
+        with (
+            anonymous_savers(ram, self.path, self.channels, self.disk) as anonymous,
+            libvirt_savers(ram, self.path, self.channels) as theirs,
+        ):
+            contenders += [*anonymous, *theirs]
+            self.take_turns(f"save {contents}", contenders, self.make_room)
         self.make_room()
 
     def python(self, ram: SharedRam, contents: Contents) -> None:
@@ -299,6 +306,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="ROWS",
         help=f"of the part live: a list with commas out of {','.join(ROWS)}",
     )
+    parser.add_argument(
+        "--contents",
+        type=partial(part_list, known=[*Contents]),
+        default=[*Contents],
+        metavar="CONTENTS",
+        help=f"of the parts saves, cpu and loads: a list with commas out of {','.join(Contents)}",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times there")
     parser.add_argument(
@@ -307,14 +321,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_room(directory: Path, size: int) -> str | None:
+def check_room(directory: Path, size: int, parts: Collection[str]) -> str | None:
     """Why there is not enough of something; None if there is."""
     need = 2 * max(size, GIB)
     if (free := shutil.disk_usage(directory).free) < need:
         return f"{directory} has {free / GIB:.1f} GiB free, {need / GIB:.1f} GiB are needed"
     if (free := shutil.disk_usage("/dev/shm").free) < need:
         return f"/dev/shm has {free / GIB:.1f} GiB free, {need / GIB:.1f} GiB are needed"
+    need = _COPIES * size if "saves" in parts else 0
+    if (free := _available_memory()) < need:
+        return f"{free / GIB:.1f} GiB of memory are available, saves need {need / GIB:.1f} GiB"
     return None
+
+
+def _available_memory() -> int:
+    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) << 10 if found else 0
 
 
 def report(bench: Bench, facts: dict[str, Any], options: argparse.Namespace) -> None:
@@ -372,7 +394,7 @@ def main() -> int:
     except NotADisk as error:
         say(f"{error}: choose another directory with --dir")
         return 2
-    if reason := check_room(options.dir, options.size):
+    if reason := check_room(options.dir, options.size, options.only):
         say(reason)
         return 3
     for program in (BINARY, "fio"):

@@ -34,6 +34,7 @@ __all__ = [
     "fio_read_contenders",
     "load_contenders",
     "save_contenders",
+    "save_ours",
     "sync_file",
     "touch",
 ]
@@ -85,9 +86,9 @@ def save_contenders(
         Contender(
             OURS,
             "file memory",
-            partial(_save_ours, path, pyqmigrate.FileMemory(ram.fd), channels, disk),
+            partial(save_ours, path, pyqmigrate.FileMemory(ram.fd), channels, disk),
         ),
-        Contender(OURS, "buffer", partial(_save_ours, path, ram.memory, channels, disk)),
+        Contender(OURS, "buffer", partial(save_ours, path, ram.memory, channels, disk)),
     ]
     if data and shutil.which("fio"):
         contenders += [
@@ -109,7 +110,8 @@ def save_contenders(
     return contenders
 
 
-def _save_ours(path: Path, memory: Any, channels: int, disk: Disk) -> Sample:
+def save_ours(path: Path, memory: Any, channels: int, disk: Disk) -> Sample:
+    """Save ``memory`` once."""
     cpu, start = time.process_time(), time.perf_counter()
     report = pyqmigrate.save(path, [pyqmigrate.RamBlock("pc.ram", memory)], channels=channels)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
+from bench.compare.buffers import BUFFERS
 from bench.compare.processor import PYTHON_WORK
 from bench.compare.sparse import SPARSE_ALONE, SPARSE_WIDE, TEBIBYTE_WORK
 from bench.compare.targets.ratios import ratio
@@ -20,6 +21,8 @@ _AGAINST_QEMU = {
     Contents.RUNS: (0.15, 0.8),
     Contents.SPECKLED: (0.15, 0.8),
 }
+# Of memory that need not be copied: as a share of fio, and of QEMU's best for speckled memory.
+_BUFFER_FIO, _BUFFER_SPECKLED = 0.75, 0.7
 
 
 def saves(results: Results) -> Iterator[Verdict]:
@@ -31,14 +34,17 @@ def saves(results: Results) -> Iterator[Verdict]:
             if memory in (VM_DIRECT, VM_QEMU):
                 yield from _vm_saves(results, contents, memory, ours)
                 continue
+            is_buffer = memory in BUFFERS
             if fio := results.best(work, FIO):
-                yield ratio(f"{label} / fio", ours, results.median(work, FIO, fio), 1.05, fio)
+                limit = _BUFFER_FIO if is_buffer else 1.05
+                yield ratio(f"{label} / fio", ours, results.median(work, FIO, fio), limit, fio)
             if of_defaults and "defaults" in results.names(work, QEMU):
                 theirs = results.median(work, QEMU, "defaults")
                 yield ratio(f"{label} / QEMU's defaults", ours, theirs, of_defaults)
             if best := results.best(work, QEMU):
                 theirs = results.median(work, QEMU, best)
-                yield ratio(f"{label} / QEMU's best", ours, theirs, of_best, best)
+                limit = _BUFFER_SPECKLED if is_buffer and contents is Contents.SPECKLED else of_best
+                yield ratio(f"{label} / QEMU's best", ours, theirs, limit, best)
 
 
 def _vm_saves(results: Results, contents: Contents, name: str, ours: float) -> Iterator[Verdict]:
