@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from pyqmigrate.analysis.report import BlockDiff, DeviceDiff, DiffReport, FieldDiff, PageRange
     from pyqmigrate.api import save, start_save
     from pyqmigrate.compaction import CompactReport, compact
-    from pyqmigrate.enums import Format
+    from pyqmigrate.enums import Clear, Format
     from pyqmigrate.export.convert import convert
     from pyqmigrate.export.image import ImageReport
     from pyqmigrate.format.address_space.physical_map import parse_placement
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from pyqmigrate.snapshot.detect import open_snapshot
     from pyqmigrate.snapshot.devices import Devices, devices
     from pyqmigrate.snapshot.increment import IncrementBlock, IncrementSnapshot
-    from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+    from pyqmigrate.snapshot.load.mapped_ram import LoadReport
     from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot, start_load
     from pyqmigrate.snapshot.provenance import Provenance, provenance
     from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
@@ -192,7 +192,7 @@ _HOME = {
     "RamBlock": "io.memory",
     "Descriptors": "io.target",
     "DirectIO": "io.direct_io",
-    "Clear": "snapshot.load.mapped_ram",
+    "Clear": "enums",
     "LoadReport": "snapshot.load.mapped_ram",
     "Guest": "migration",
     "Migration": "migration",

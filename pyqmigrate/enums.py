@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pyqmigrate.errors import UsageError
 
-__all__ = ["Format", "parse_enum"]
+__all__ = ["Clear", "Format", "parse_enum"]
 
 E = TypeVar("E", bound=enum.StrEnum)
 
@@ -28,6 +28,14 @@ class Format(enum.StrEnum):
     LIME = "lime"
     LIBVIRT = "libvirt"
     INCREMENT = "increment"
+
+
+class Clear(enum.StrEnum):
+    """What to do with pages without data: ``zero`` makes them zero (holes, if the memory is a
+    file), ``leave`` does not touch them, for memory that is known to be fresh."""
+
+    ZERO = "zero"
+    LEAVE = "leave"
 
 
 def parse_enum(kind: type[E], value: E | str, name: str) -> E:

@@ -33,7 +33,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
@@ -142,7 +141,7 @@ def _run(parsed: argparse.Namespace) -> Outcome:
         if "snapshot" in parsed:
             error.add_note(f"{parsed.snapshot}: ")
         raise
-    return replace(outcome, lines=()) if parsed.quiet else outcome
+    return outcome._replace(lines=()) if parsed.quiet else outcome
 
 
 def build_parser() -> Parser:

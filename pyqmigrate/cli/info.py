@@ -46,7 +46,6 @@ import contextlib
 import itertools
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
@@ -178,7 +177,7 @@ def _data(snapshot: Snapshot, origin: Provenance) -> dict[str, Any]:
         "remarks": list(origin.remarks),
         "blocks": [_block(block) for block in snapshot.blocks.values()],
         "sections": [
-            asdict(section) | {"kind": section.kind.name.lower()} for section in stream.sections
+            section._asdict() | {"kind": section.kind.name.lower()} for section in stream.sections
         ],
     }
 

@@ -12,14 +12,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.errors import QemuError, SnapshotError
 from pyqmigrate.format.printable import printable
-from pyqmigrate.format.seal import SUFFIX
+from pyqmigrate.format.suffixes import SEAL
 from pyqmigrate.io.place import absolute
 
 __all__ = [
@@ -40,8 +39,7 @@ __all__ = [
 SCHEMA = 1  # the version of all JSON objects; docs/json.md
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of a verb: ``data`` for ``--json``, ``lines`` for people, and the exit code.
 
     ``data`` is None for a verb that has already printed its result.
@@ -59,7 +57,7 @@ def json_text(data: Mapping[str, Any]) -> str:
 
 def shown_seal(snapshot: str, seal: str) -> str:
     """Return the path of a seal, relative if the user gave a relative path of the snapshot."""
-    named = f"{snapshot}{SUFFIX}"
+    named = f"{snapshot}{SEAL}"
     return named if os.fspath(absolute(named)) == seal else seal
 
 

@@ -9,14 +9,16 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TextIO, TypeAlias
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 from pyqmigrate.cli.sizes import MIB, show_size
-from pyqmigrate.io.job import Progress
+
+if TYPE_CHECKING:
+    from pyqmigrate.io.job import Progress
 
 __all__ = ["Show", "hidden", "shown"]
 
-Show: TypeAlias = Callable[[Progress], object]
+Show: TypeAlias = "Callable[[Progress], object]"
 
 _LINE_EVERY = 1.0  # seconds
 

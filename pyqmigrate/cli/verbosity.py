@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator
 
 from pyqmigrate.cli.progress import hidden
-from pyqmigrate.log import logger
 
 __all__ = ["configured"]
 
@@ -26,6 +24,10 @@ def configured(args: argparse.Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
+    import logging
+
+    from pyqmigrate.log import logger
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     level = logger.level

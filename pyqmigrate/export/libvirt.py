@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from dataclasses import replace
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
@@ -63,8 +62,7 @@ def image_header(
         chosen = _FORMATS[image_format]
     running = _was_running(snapshot)
     return ImageHeader(
-        replace(
-            old,
+        old._replace(
             complete=True,
             format=chosen,
             was_running=old.was_running if running is None else running,

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from pyqmigrate.enums import parse_enum
+from pyqmigrate.enums import Clear, parse_enum
 from pyqmigrate.errors import GuestMemoryError, NoSpace, NotDurable, UsageError, target_error
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, check_channels
@@ -37,7 +37,6 @@ from pyqmigrate.io.own_files import FileKind, check_is_file, check_replaceable
 from pyqmigrate.io.place import absolute
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot
-from pyqmigrate.snapshot.load.mapped_ram import Clear
 from pyqmigrate.snapshot.load.memories import check_known
 from pyqmigrate.snapshot.load.staging import Place
 from pyqmigrate.snapshot.save.writer import Sparse

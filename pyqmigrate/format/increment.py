@@ -38,7 +38,8 @@ from pyqmigrate.errors import SnapshotError, SnapshotTruncated, UsageError
 from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digest_of_all
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGES_ALIGNMENT, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGES_ALIGNMENT
 
 __all__ = ["HEADER_MAX", "MAGIC", "IncrementHeader", "base_location", "base_path", "is_increment"]
 

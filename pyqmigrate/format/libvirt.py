@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.cursor import ByteSource
@@ -63,8 +62,7 @@ class ImageFormat(enum.IntEnum):
         return self not in (ImageFormat.RAW, ImageFormat.SPARSE)
 
 
-@dataclass(frozen=True)
-class LibvirtHeader:
+class LibvirtHeader(NamedTuple):
     """libvirt's record of a saved guest.
 
     ``complete`` is false while libvirt writes and after a failed save; such an image must not be

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data
 from pyqmigrate.format.snapshot_companion import CompanionKind, CompanionLine
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 
 __all__ = ["PAGE_TABLE", "SUFFIX", "PageTableLine"]
 

@@ -38,6 +38,7 @@ from itertools import chain, pairwise
 from typing import Any
 
 from pyqmigrate.errors import SnapshotError
+from pyqmigrate.format import suffixes
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data, digest_of_all
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
 
@@ -53,7 +54,7 @@ __all__ = [
     "is_seal",
 ]
 
-SUFFIX = ".seal"
+SUFFIX = suffixes.SEAL
 PIECE = 1 << 20  # bytes of the file that have one digest
 HEAD_MAX = 1 << 20  # bytes, the newline included
 SEALED_MAX = 1 << 46  # bytes of a file; what claims more is taken for damage

@@ -26,7 +26,8 @@ from typing import Any
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data, digest_of_all
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX
 
 __all__ = ["LINE_MAX", "CompanionKind", "CompanionLine", "SnapshotId", "read_number"]
 

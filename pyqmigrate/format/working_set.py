@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pyqmigrate.errors import UsageError
+from pyqmigrate.format import suffixes
 from pyqmigrate.format.snapshot_companion import CompanionKind, CompanionLine, read_number
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 
 __all__ = ["RUNS_MAX", "SUFFIX", "WORKING_SET", "TouchedRun", "WorkingSet", "WorkingSetLine"]
 
-SUFFIX = ".workingset"
+SUFFIX = suffixes.WORKING_SET
 WORKING_SET = CompanionKind("pyqmigrate-working-set", "working set")
 RUNS_MAX = 1 << 20  # 16 MiB; a recorder joins runs before it has more
 _RUN = struct.Struct("<IIQ")

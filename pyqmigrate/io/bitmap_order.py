@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
@@ -65,8 +65,7 @@ def says_better(order: ByteOrder) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Fit:
+class _Fit(NamedTuple):
     """How many bits are ``set`` in the examined pages, and how many of these are over data:
     ``there``."""
 

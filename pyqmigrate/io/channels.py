@@ -9,8 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.argument_types import check
 from pyqmigrate.core import CHUNK, Channel, Fault, JobState, Totals, error_from_fault
@@ -28,8 +27,7 @@ _CHUNKS_A_RANGE = 8
 _RANGES_A_BLOCK = 8192  # more than so many, and the ranges get larger
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """Pages ``[first, first + npages)`` of block number ``block``."""
 
     block: int

@@ -6,8 +6,7 @@ import enum
 import errno
 import mmap
 import os
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate import _core
 from pyqmigrate.errors import DirectIORefused
@@ -30,8 +29,7 @@ class DirectIO(enum.StrEnum):
     AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class Direct:
+class Direct(NamedTuple):
     """A descriptor with O_DIRECT, the alignment that it needs (bytes), and a sentence on it."""
 
     fd: int

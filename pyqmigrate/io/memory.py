@@ -23,7 +23,7 @@ import pyqmigrate._core as _core
 from pyqmigrate.argument_types import check
 from pyqmigrate.core import MemorySource
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.io.in_use import Area, FileId, files_in_areas, files_in_use
 from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.process_memory import ProcessMemory, ProcessSource

@@ -16,7 +16,7 @@ from pathlib import Path
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.page_table import PAGE_TABLE, SUFFIX, PageTableLine
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.io.companion_file import (
     companion_path,
     open_companion,

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 
 from pyqmigrate.errors import TargetError, UsageError
-from pyqmigrate.format.seal import SUFFIX
+from pyqmigrate.format.suffixes import SEAL
 
 __all__ = [
     "absolute",
@@ -110,7 +110,7 @@ def _name_max(directory: Path | int) -> int:
 def seal_path(file: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a file's seal. Symbolic links to the file are followed."""
     path = resolve_symlink(file)
-    return path.with_name(path.name + SUFFIX)
+    return path.with_name(path.name + SEAL)
 
 
 def sync_directory(path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
@@ -22,8 +21,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Descriptors:
+class Descriptors(NamedTuple):
     """Open descriptors instead of a path. They are borrowed, and never closed here.
 
     ``buffered`` is without ``O_DIRECT``; ``direct`` (None: no direct I/O) is a second ``open()`` of

@@ -16,7 +16,7 @@ from pathlib import Path
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.snapshot_companion import LINE_MAX
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.working_set import SUFFIX, WORKING_SET, WorkingSet, WorkingSetLine
 from pyqmigrate.io.companion_file import (
     companion_path,

@@ -11,7 +11,8 @@ from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.seal import PIECE
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.integrity.manifest import Manifest, read_manifest
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.companion_file import identify_snapshot

@@ -21,9 +21,9 @@ from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.postcopy.stream import PACKAGE_MAX
 from pyqmigrate.format.snapshot_id import SnapshotId
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.configuration import Configuration
 from pyqmigrate.format.stream.elements import PARTS_LISTED
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_SECTION_ID

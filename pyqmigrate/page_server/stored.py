@@ -16,7 +16,8 @@ from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.seal import SUFFIX as SEAL_SUFFIX
 from pyqmigrate.format.seal import SealLine
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.format.stream.mapped_ram_reader import parse
 from pyqmigrate.format.working_set import SUFFIX as WORKING_SET_SUFFIX
 from pyqmigrate.format.working_set import TouchedRun

@@ -18,27 +18,27 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from pyqmigrate.argument_types import check_callback
-from pyqmigrate.enums import Format
+from pyqmigrate.enums import Clear, Format
 from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError
-from pyqmigrate.format.libvirt import LibvirtHeader
-from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
-from pyqmigrate.format.stream.wire import Section, Stream
-from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
-from pyqmigrate.io.input import Source
-from pyqmigrate.io.job import Job, Progress
-from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, Target, target_path
-from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
-from pyqmigrate.snapshot.load.memories import check_known
 
+# What only some uses of a snapshot need is imported by them: a restore has no time for it.
 if TYPE_CHECKING:
+    from pyqmigrate.format.libvirt import LibvirtHeader
+    from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
     from pyqmigrate.format.stream.sequential import SequentialStream
+    from pyqmigrate.format.stream.wire import Section, Stream
+    from pyqmigrate.io.bitmap import Bitmap
+    from pyqmigrate.io.channels import Channels
+    from pyqmigrate.io.input import Source
+    from pyqmigrate.io.job import Job, Progress
+    from pyqmigrate.io.memory import Memory, SnapshotMemory
     from pyqmigrate.snapshot.block_array import BlockArray
+    from pyqmigrate.snapshot.load.mapped_ram import LoadReport
     from pyqmigrate.snapshot.load.staging import StreamUnpacker
 
 __all__ = ["Block", "Snapshot", "error_from_errno"]
@@ -360,6 +360,8 @@ class Snapshot(metaclass=_OpensByCall):
 
     def _known(self, names: Collection[str] | None) -> list[str]:
         """Return these names (None: of all blocks), in the order of the stream."""
+        from pyqmigrate.snapshot.load.memories import check_known
+
         check_known(names or (), self.blocks)
         return [name for name in self.blocks if names is None or name in names]
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pyqmigrate.argument_types import check, check_mapping, check_names
-from pyqmigrate.enums import Format
+from pyqmigrate.enums import Clear, Format
 from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.increment import IncrementHeader, base_location
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.configuration import MAPPED_RAM
-from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec, ByteOrder
+from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream.wire import Stream
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.companion_file import identify_snapshot
@@ -35,7 +36,7 @@ from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.place import resolve_symlink, seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.base import Block, Snapshot
-from pyqmigrate.snapshot.load.mapped_ram import Clear, Layer, LoadReport, start_load_layers
+from pyqmigrate.snapshot.load.mapped_ram import Layer, LoadReport, start_load_layers
 from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["IncrementBlock", "IncrementSnapshot"]

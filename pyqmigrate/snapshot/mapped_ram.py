@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from pyqmigrate.argument_types import check_mapping, check_names
 from pyqmigrate.core import MemorySource
-from pyqmigrate.enums import Format
+from pyqmigrate.enums import Clear, Format
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream.mapped_ram_reader import parse
@@ -24,13 +25,14 @@ from pyqmigrate.format.stream.wire import Stream
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.direct_io import DirectIO
-from pyqmigrate.io.job import Job
-from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Block, Snapshot
-from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
-from pyqmigrate.snapshot.load.mapped_ram import start_load as start_load_blocks
+
+if TYPE_CHECKING:
+    from pyqmigrate.io.job import Job
+    from pyqmigrate.io.memory import Memory, SnapshotMemory
+    from pyqmigrate.snapshot.load.mapped_ram import LoadReport
 
 __all__ = ["MappedRamSnapshot", "MappedRamBlock", "check_bitmap_order", "start_load"]
 
@@ -102,6 +104,8 @@ class MappedRamBlock(Block):
     def memory(self) -> SnapshotMemory:
         if self.external:
             raise self._elsewhere()
+        from pyqmigrate.io.memory import SnapshotMemory
+
         source = MemorySource.mapped_ram(
             self.bitmap, self.num_pages, self.pages_offset, self.page_size, self._snapshot.source.fd
         )
@@ -213,6 +217,8 @@ class MappedRamSnapshot(Snapshot):
         clear: Clear | str = Clear.ZERO,
         blocks: Collection[str] | None = None,
     ) -> Job[LoadReport]:
+        from pyqmigrate.snapshot.load.mapped_ram import start_load as start_load_blocks
+
         check_mapping("memories", memories)
         check_names("blocks", blocks)
         chosen = [self.blocks[name] for name in self._known(blocks)]

@@ -24,7 +24,7 @@ from typing import Any
 
 from pyqmigrate.argument_types import check, check_mapping, check_names
 from pyqmigrate.core import MemorySource
-from pyqmigrate.enums import Format, parse_enum
+from pyqmigrate.enums import Clear, Format, parse_enum
 from pyqmigrate.errors import (
     BlockMismatch,
     DirectIORefused,
@@ -47,7 +47,7 @@ from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.base import Block, Snapshot
-from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+from pyqmigrate.snapshot.load.mapped_ram import LoadReport
 from pyqmigrate.snapshot.load.sequential import start_sequential_load
 from pyqmigrate.snapshot.load.staging import StreamUnpacker
 from pyqmigrate.snapshot.page_index import PageIndex, check_place, keep, recall

@@ -18,7 +18,7 @@ from pyqmigrate.format.store.numbers import Numbers
 from pyqmigrate.format.store.pack import BasePage
 from pyqmigrate.format.store.snapshot import Extent, StoredSnapshot
 from pyqmigrate.format.store.snapshot_head import SnapshotHead
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.store.pack_writer import BasePages
 from pyqmigrate.store.store import Store
 

@@ -20,7 +20,7 @@ from pyqmigrate.enums import Format
 from pyqmigrate.errors import PyqmigrateError, SnapshotError, TargetError, target_error
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.working_set import WorkingSetLine
 from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.companion_file import companion_path

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pyqmigrate.format.store.pack import NO_BASE, PackFooter
 from pyqmigrate.format.store.snapshot import Extent, FillRuns, PageRuns, StoredSnapshot
 from pyqmigrate.format.store.snapshot_head import SOURCES, Counts, SnapshotHead
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 
 __all__ = ["KEY", "digests", "example_footer", "example_snapshot", "footers", "snapshots"]
 

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.writer import Head, encode_head, encode_tail
 
 DESCRIPTION = {

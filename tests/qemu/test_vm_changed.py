@@ -26,7 +26,7 @@ from pyqmigrate.errors import (
     SnapshotError,
     UsageError,
 )
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_digests import PageDigests

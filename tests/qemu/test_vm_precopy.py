@@ -22,7 +22,7 @@ from pyqmigrate.errors import (
     QemuGone,
     UsageError,
 )
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.integrity.verify import verify_seal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.companion_file import identify_snapshot

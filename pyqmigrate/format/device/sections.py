@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.stream.wire import FOOTER_TYPE, INSTANCE, SECTION_ID, SectionKind
@@ -24,8 +23,7 @@ _FIRST_ID = 2  # 1 is RAM's
 _GLOBAL_STATE = struct.Struct(">I32sBB66x")
 
 
-@dataclass(frozen=True)
-class DeviceSection:
+class DeviceSection(NamedTuple):
     """The state of one device.
 
     ``description`` is the ``fields`` (and ``subsections``) of its JSON description, as QEMU's

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.errors import UsageError
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.configuration import Configuration
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.wire import COMMAND, COMMAND_PACKAGED, TYPE_EOF, WORD, SectionKind
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_front, encode_ram_end
 

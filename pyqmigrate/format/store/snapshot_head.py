@@ -35,7 +35,8 @@ from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.seal import SEALED_MAX
 from pyqmigrate.format.store.keyed import keyed_digest
 from pyqmigrate.format.store.keys import is_name
-from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX
 
 __all__ = [
     "BODY_MAX",

@@ -11,8 +11,7 @@ A subsection has no length, so one that is not known here cannot be skipped
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.cursor import Cursor
@@ -33,8 +32,7 @@ _CAPABILITIES_MAX = 256  # QEMU knows about thirty, and lists two
 _U32 = struct.Struct(">I")
 
 
-@dataclass(frozen=True)
-class Configuration:
+class Configuration(NamedTuple):
     """The configuration of a stream.
 
     ``capabilities`` has only those that change the format (``mapped-ram``, ``x-ignore-shared``):

@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.cursor import ByteSource, Cursor
@@ -49,8 +48,7 @@ _CHUNK = 1 << 20
 _CONFIGURATION = "configuration"
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(NamedTuple):
     """A description found in a file.
 
     ``offset`` is the absolute file offset of its type byte, ``end`` that just after its JSON,

@@ -18,11 +18,13 @@ A block with both offsets zero is *external*: listed, but stored in a file of it
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.cursor import Cursor
+
+if TYPE_CHECKING:
+    from pyqmigrate.format.stream.block_spec import BlockSpec
 
 __all__ = [
     "BLOCKS_MAX",
@@ -30,7 +32,6 @@ __all__ = [
     "PAGES_ALIGNMENT",
     "PAGE_SIZES",
     "BlockLayout",
-    "BlockSpec",
     "ByteOrder",
     "encode_entry",
     "place",
@@ -42,49 +43,16 @@ PAGES_ALIGNMENT = 1 << 20  # bytes, for writers; readers require page alignment 
 OFFSET_MAX = (1 << 63) - 1  # bytes; file positions are signed 64-bit
 BLOCKS_MAX = 1 << 16  # a longer list is taken for damage
 
-_NAME_MAX = 255  # bytes
 _HEADER = struct.Struct(">IQQQ")  # version, page size, bitmap offset, pages offset
 _HEADER_VERSION = 1
 _U64 = struct.Struct(">Q")
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """A RAM block to be written: its name, and length and page size in bytes.
-
-    ``address`` is the guest physical address, which only a stream with ``x-ignore-shared`` records:
-    QEMU refuses an external block unless it has the same address.
-
-    Raises :class:`UsageError` unless the name has 1 to 255 bytes (UTF-8, undecodable bytes as
-    surrogate escapes), the page size is a power of two from 1024 to 65536, the length is a
-    positive multiple of it, and the address is a number of 64 bits.
-    """
-
-    name: str
-    length: int
-    page_size: int = 4096
-    address: int = 0
-
-    def __post_init__(self) -> None:
-        try:
-            size = len(self.name.encode("utf-8", "surrogateescape"))
-        except UnicodeEncodeError as error:
-            raise UsageError(f"block name {self.name!r} cannot be written as UTF-8") from error
-        if not 1 <= size <= _NAME_MAX:
-            raise UsageError(f"block name {self.name!r} has {size} bytes; 1 to 255 are possible")
-        fault = _size_fault(self.length, self.page_size)
-        if fault is not None:
-            raise UsageError(f"block {self.name!r}: {fault}")
-        if not 0 <= self.address < 1 << 64:
-            raise UsageError(f"block {self.name!r}: {self.address} is not a guest address")
 
 
 ByteOrder: TypeAlias = Literal["little", "big"]
 """The byte order of the host that wrote a file: that of the words of its bitmaps."""
 
 
-@dataclass(frozen=True)
-class BlockLayout:
+class BlockLayout(NamedTuple):
     """The place of a RAM block in a file. Lengths in bytes, offsets absolute in the file.
 
     ``header_offset`` is that of the 28-byte header. ``gpa`` is the guest physical address if the
@@ -230,7 +198,7 @@ def _read_entry(cursor: Cursor, ignore_shared: bool) -> BlockLayout:
     block = BlockLayout(name, length, page_size, header_offset, bitmap_offset, pages_offset, gpa)
     if version != _HEADER_VERSION:
         raise _fault(block, f"header version {version}, but only 1 exists", "version")
-    fault = _size_fault(length, page_size)
+    fault = size_fault(length, page_size)
     if fault is not None:
         raise _fault(block, fault, "length" if page_size in PAGE_SIZES else "page_size")
     if block.external:
@@ -266,7 +234,8 @@ def _check_place(block: BlockLayout, size: int) -> None:
         )
 
 
-def _size_fault(length: int, page_size: int) -> str | None:
+def size_fault(length: int, page_size: int) -> str | None:
+    """Return what is wrong with a block of this length and page size (bytes); None if nothing is."""
     if page_size not in PAGE_SIZES:
         return f"page size {page_size} is not a power of two from 1024 to 65536"
     if length <= 0 or length % page_size:

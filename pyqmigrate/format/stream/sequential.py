@@ -27,8 +27,9 @@ from typing import Any
 
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.cursor import ByteSource
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM, Configuration
-from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGE_SIZES, BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGE_SIZES
 from pyqmigrate.format.stream.reader import StreamReader
 from pyqmigrate.format.stream.wire import Section, after_ram
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_front

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.cursor import ByteSource, Cursor
@@ -13,8 +13,7 @@ from pyqmigrate.format.stream.wire import MAGIC, PREAMBLE, TYPE_CONFIGURATION, V
 __all__ = ["StreamStart", "read_start"]
 
 
-@dataclass(frozen=True)
-class StreamStart:
+class StreamStart(NamedTuple):
     """The configuration of a stream, and the file offset of the element after it."""
 
     configuration: Configuration

@@ -29,8 +29,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 
@@ -80,8 +79,7 @@ class SectionKind(enum.Enum):
     COMMAND = 0x08
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """One element of a stream. Offsets are absolute in the file, lengths in bytes.
 
     ``offset`` is that of the type byte, ``length`` covers the whole element with its footer;
@@ -101,8 +99,7 @@ class Section:
     body_length: int
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """A parsed and checked mapped-ram stream. Offsets are absolute in the file.
 
     - ``capabilities``: those that affect the format, as listed. ``target_page_bits``, ``uuid``:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.stream import configuration
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.description import encode as encode_description
 from pyqmigrate.format.stream.description import no_devices, with_configuration
-from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, BlockLayout, BlockSpec, encode_entry
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, BlockLayout, encode_entry
 from pyqmigrate.format.stream.wire import (
     COMMAND,
     COMMAND_SWITCHOVER_START,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.core import File, Policy
-from pyqmigrate.enums import parse_enum
+from pyqmigrate.enums import Clear, parse_enum
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
@@ -22,7 +21,7 @@ from pyqmigrate.io.memory import Memory, OpenMemory
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.memories import match_memories, open_memory
 
-__all__ = ["Clear", "Layer", "LoadReport", "start_load", "start_load_layers"]
+__all__ = ["Layer", "LoadReport", "start_load", "start_load_layers"]
 
 # Reads into fresh memory wait for page faults: more threads than channels hide that.
 _THREADS_A_CHANNEL = 4
@@ -30,14 +29,6 @@ _MOST_THREADS = 16
 
 # Reading over a gap of this length costs less than another call.
 _READ_GAP = 128 << 10
-
-
-class Clear(enum.StrEnum):
-    """What to do with pages without data: ``zero`` makes them zero (holes, if the memory is a
-    file), ``leave`` does not touch them, for memory that is known to be fresh."""
-
-    ZERO = "zero"
-    LEAVE = "leave"
 
 
 @dataclass(frozen=True)

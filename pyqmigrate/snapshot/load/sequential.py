@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pyqmigrate.core import Block, Fault, Transfer, error_from_fault
-from pyqmigrate.enums import parse_enum
+from pyqmigrate.enums import Clear, parse_enum
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.format.stream.sequential import (
@@ -31,7 +31,7 @@ from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, OpenMemory
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.log import logger
-from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+from pyqmigrate.snapshot.load.mapped_ram import LoadReport
 from pyqmigrate.snapshot.load.memories import match_memories, open_memory
 from pyqmigrate.snapshot.records import PolledSource, RecordDecoder, read_body
 

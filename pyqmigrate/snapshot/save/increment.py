@@ -24,7 +24,8 @@ from pyqmigrate.core import Policy
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.increment import IncrementHeader, base_path
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import PAGES_ALIGNMENT, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import PAGES_ALIGNMENT
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Range, selected_ranges, split_ranges
 from pyqmigrate.io.companion_file import identify_snapshot

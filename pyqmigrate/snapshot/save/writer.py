@@ -14,8 +14,8 @@ from typing import Protocol
 from pyqmigrate.core import File, Policy
 from pyqmigrate.errors import Cancelled, NoSpace, UsageError
 from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.configuration import Configuration
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.format.stream.writer import Head
 from pyqmigrate.io.bitmap import Bitmap

@@ -33,9 +33,9 @@ from pyqmigrate.format.device.sections import (
     global_state,
     run_state_of,
 )
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.description import HEADER_LENGTH as DESCRIPTION_HEADER
 from pyqmigrate.format.stream.device_only import HEADER_LENGTH, read_device_sections
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.io.input import InputFile, Source

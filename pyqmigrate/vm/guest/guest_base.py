@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError, target_error
 from pyqmigrate.format.libvirt import is_libvirt
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.in_use import FileId

@@ -26,12 +26,14 @@ from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
 from pyqmigrate.vm.incoming.incoming_settings import Incoming
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
+from pyqmigrate.vm.incoming.instant_start import LoadedInstant, NotStarted, explained
 from pyqmigrate.vm.incoming.load import take_in
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.prefetch import PrefetchState
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
+from pyqmigrate.vm.incoming.ram_mapping import Mapped
 from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
-from pyqmigrate.vm.incoming.run_state import CONTINUABLE, RUNS, describe_state
+from pyqmigrate.vm.incoming.run_state import describe_state, resumes_here, shall_resume
 from pyqmigrate.vm.incoming.saved_machine import SavedMachine, read_saved_machine
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
@@ -53,14 +55,7 @@ _ABOUT_MEMORY = (
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state of the stream
 
 
-class _NotStarted(QemuError):
-    """QEMU ended before its monitor answered."""
-
-
-def _seal_note(stream: IncomingStream) -> tuple[str, ...]:
-    if not stream.sealed:
-        return ()
-    return ("the snapshot is sealed: its clear pages are zeros in the file and were not scanned",)
+_SEALED = "the snapshot is sealed: its clear pages are zeros in the file and were not scanned"
 
 
 async def _load_stream(qemu: QemuSession, incoming: Incoming, differences: Sequence[str]) -> float:
@@ -70,8 +65,7 @@ async def _load_stream(qemu: QemuSession, incoming: Incoming, differences: Seque
     except QemuError as error:
         if not differences or isinstance(error, QemuRefused):
             raise
-        causes = "\n".join(f"perhaps because {note}" for note in differences)
-        raise type(error)(f"{error}\n{causes}") from error
+        raise explained(error, differences) from error
 
 
 @contextlib.asynccontextmanager
@@ -100,7 +94,7 @@ class RestoreAttempt:
         """Finish an instant restore; load with ``command`` if the started QEMU fails on its memory."""
         try:
             return await self._instant(started)
-        except _NotStarted as error:
+        except NotStarted as error:
             if self.options.mode is Mode.INSTANT or not re.search(
                 _ABOUT_MEMORY, str(error), re.IGNORECASE
             ):
@@ -134,18 +128,7 @@ class RestoreAttempt:
                         seconds,
                         incoming,
                         recorder,
-                        mode=Mode.INSTANT,
-                        why=self._why_instant(),
-                        mapped_blocks=tuple(mapped.blocks),
-                        stale_pages=stream.stale_pages,
-                        stale_seconds=stream.stale_seconds,
-                        notes=(
-                            *self.notes,
-                            *differences,
-                            *mapped.notes,
-                            *files.notes,
-                            *_seal_note(stream),
-                        ),
+                        **self._instant_report(mapped, files, differences, stream),
                     )
                 except BaseException:
                     if recorder is not None:
@@ -156,6 +139,41 @@ class RestoreAttempt:
         finally:
             building.cancel()
             files.close()
+
+    async def finish_instant(self, loaded: LoadedInstant) -> RestoredVm:
+        """Connect to a guest that was loaded without an event loop, and report; after an error it is
+        ended."""
+        other_guests = self._start_lookup()
+        async with await self._wait_for_monitor(answered(loaded.qemu)) as qemu:
+            qemu.seconds = loaded.start_seconds
+            qemu.has_run = True
+            return await self._hand_over(
+                qemu,
+                loaded.mapped.command,
+                other_guests,
+                loaded.load_seconds,
+                loaded.incoming,
+                state=loaded.run_state,
+                **self._instant_report(loaded.mapped, loaded.files, loaded.differences, loaded),
+            )
+
+    def _instant_report(
+        self,
+        mapped: Mapped,
+        files: RamFiles,
+        differences: Sequence[str],
+        stream: IncomingStream | LoadedInstant,
+    ) -> dict[str, Any]:
+        """Return what the report of an instant restore has, and others have not."""
+        sealed = (_SEALED,) if stream.sealed else ()
+        return {
+            "mode": Mode.INSTANT,
+            "why": self._why_instant(),
+            "mapped_blocks": tuple(mapped.blocks),
+            "stale_pages": stream.stale_pages,
+            "stale_seconds": stream.stale_seconds,
+            "notes": (*self.notes, *differences, *mapped.notes, *files.notes, *sealed),
+        }
 
     def _why_instant(self) -> str:
         if self.source.increment is None:
@@ -259,7 +277,7 @@ class RestoreAttempt:
         try:
             return await session
         except QemuError as error:
-            raise _NotStarted(str(error)) from error
+            raise NotStarted(str(error)) from error
 
     async def _compare(self, qemu: QemuSession, command: CommandLine) -> list[str]:
         """Compare QEMU with the snapshot, and keep the guest stopped after the load; return notes.
@@ -278,9 +296,7 @@ class RestoreAttempt:
     @property
     def _resumes_here(self) -> bool:
         """Whether the guest is resumed here, not by QEMU as soon as it has loaded."""
-        if self.options.mode is Mode.POSTCOPY:
-            return False
-        return self.options.paused is not None or self.saved.run_state is not None
+        return self.options.mode is not Mode.POSTCOPY and resumes_here(self.saved, self.options)
 
     @functools.cached_property
     def saved(self) -> SavedMachine:
@@ -296,6 +312,7 @@ class RestoreAttempt:
         recorder: Recorder | LazyRecorder | None = None,
         keeper: KeeperProcess | None = None,
         *,
+        state: str | None = None,
         notes: tuple[str, ...],
         **details: Any,
     ) -> RestoredVm:
@@ -303,7 +320,8 @@ class RestoreAttempt:
         if shared is not None and shared not in notes:
             notes = (*notes, shared)
         # The guest may run from here on: keep the work after this short.
-        state = await self._settle(qemu)
+        if state is None:
+            state = await self._settle(qemu)
         asked_to_run = self.options.paused is False
         note = describe_state(state, self.saved.run_state, asked_to_run=asked_to_run)
         if note is not None and not self.options.paused:
@@ -428,10 +446,7 @@ class RestoreAttempt:
         return await _run_state(qemu.monitor)
 
     def _shall_run(self, state: str) -> bool:
-        if self.options.paused is not None:
-            return not self.options.paused and state in CONTINUABLE
-        was_running = self.source.was_running or self.saved.run_state in RUNS
-        return was_running and state in ("paused", "prelaunch")
+        return shall_resume(state, self.saved, self.options, self.source.was_running)
 
 
 async def _run_state(monitor: Monitor) -> str:

@@ -1,13 +1,13 @@
-"""The part of a restore that runs before the event loop: up to starting QEMU, in mode lazy up to the
-guest's first instruction.
+"""The part of a restore that runs before the event loop: up to the guest's first instruction.
 
-It needs no event loop. The command starts QEMU here and imports one, and a monitor, in the meantime: that
-takes Python as long as QEMU needs to start.
+An event loop, and a monitor for it, take Python longer to import than QEMU needs to start: they are imported
+when the guest runs. So is, while QEMU starts, what loads the snapshot.
 """
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +29,7 @@ from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 
 if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.instant_start import InstantStart, LoadedInstant
     from pyqmigrate.vm.incoming.lazy_keeper import StartedKeeper
     from pyqmigrate.vm.incoming.lazy_start import StartedLazy
 
@@ -107,10 +108,16 @@ def _recordable(source: RestoreSource) -> contextlib.AbstractContextManager[None
     return without_huge_pages()
 
 
-def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions) -> StartedRestore:
+def start_mapped(
+    source: RestoreSource,
+    mapped: Mapped,
+    options: RestoreOptions,
+    second: socket.socket | None = None,
+) -> StartedRestore:
     """Start the QEMU of ``mapped``, and to read a recorded working set. Not for the main thread.
 
-    Raises QemuError, UsageError, and what RamFiles raises.
+    ``second`` is QEMU's end of a connection to one more monitor. Raises QemuError, UsageError, and what
+    RamFiles raises.
     """
     files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
     try:
@@ -123,6 +130,7 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
                 stdin=options.stdin,
                 stdout=options.stdout,
                 stderr=options.stderr,
+                second=second,
             )
     except BaseException:
         files.close()
@@ -136,7 +144,7 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
 class EarlyRestore(NamedTuple):
     """A restore that was started before there is an event loop, and what it was made from."""
 
-    started: StartedRestore | StartedLazy
+    started: StartedRestore | LoadedInstant | StartedLazy
     command: CommandLine
     options: RestoreOptions
     notes: tuple[str, ...]
@@ -155,23 +163,16 @@ def start_early(
     """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`. Not for a
     process with threads: a lazy one forks.
 
-    Returns None if it could not be started, for any reason: the restore that follows meets it again
-    and reports it, or loads. If the wait is interrupted, QEMU is ended.
+    Returns None if QEMU could not be started, for any reason: the restore that follows meets it again
+    and reports it, or loads. Raises what an instant restore raises once QEMU has started, which has ended
+    then. If the wait is interrupted, QEMU is ended.
     """
     keeper = _forked_keeper(snapshot) if options.mode is Mode.LAZY else None
-    results: list[EarlyRestore] = []
-
-    def work() -> None:
-        try:
-            if options.mode is not Mode.LAZY:
-                results.append(_start(snapshot, command, options))
-            elif keeper is not None:
-                results.append(_start_lazy(snapshot, command, options, keeper))
-        except Exception:  # the restore that follows meets it again
-            return
-
+    if options.mode is Mode.LAZY and keeper is None:
+        return None
+    start = _EarlyStart(snapshot, command, options, keeper)
     # In a thread: a signal handler cannot raise between fork and bookkeeping.
-    thread = threading.Thread(target=work, name="pyqmigrate-start")
+    thread = threading.Thread(target=start.run, name="pyqmigrate-start")
     try:
         start_thread(thread)
     except TargetError:  # likewise
@@ -179,11 +180,98 @@ def start_early(
     try:
         thread.join()
     except BaseException:
+        start.abandon()
         thread.join()
-        for early in results:
-            early.end()
+        if start.result is not None:
+            start.result.end()
         raise
-    return results[0] if results else None
+    if start.failure is not None:
+        raise start.failure
+    return start.result
+
+
+class _EarlyStart:
+    """A start in a thread of its own: ``result``, or the ``failure`` of a QEMU that had started."""
+
+    def __init__(
+        self,
+        snapshot: Target,
+        words: Sequence[str] | None,
+        options: RestoreOptions,
+        keeper: StartedKeeper | None,
+    ) -> None:
+        self._snapshot, self._words, self._options = snapshot, words, options
+        self._keeper = keeper
+        self._loading: InstantStart | None = None
+        self._abandoned = False
+        self.result: EarlyRestore | None = None
+        self.failure: Exception | None = None
+
+    def abandon(self) -> None:
+        """Have :meth:`run`, in another thread, fail soon, unless the guest may have run."""
+        self._abandoned = True
+        if self._loading is not None:
+            self._loading.abandon()
+
+    def run(self) -> None:
+        try:
+            if self._keeper is None:
+                self.result = self._start()
+            else:
+                self.result = _start_lazy(self._snapshot, self._words, self._options, self._keeper)
+        except Exception:  # the restore that follows meets it again, unless it is the failure
+            return
+
+    def _start(self) -> EarlyRestore:
+        source = RestoreSource(
+            self._snapshot,
+            self._options.offset,
+            self._options.base,
+            self._options.cache,
+            record=self._options.record is not None,
+            ahead=self._options.reads_ahead,
+        )
+        with contextlib.ExitStack() as undo:
+            undo.callback(source.close)
+            chosen = choose_command(source, self._words, self._options.disks)
+            undo.callback(chosen.discard)
+            command, options, notes = prepare(chosen.command, self._options, source)
+            mapped = map_source(command, source)
+            started: StartedRestore | LoadedInstant
+            if options.record is None:
+                started = self._load(source, mapped, options)
+            else:  # a recording has to begin before the load
+                started = start_mapped(source, mapped, options)
+            undo.pop_all()
+            return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)
+
+    def _load(
+        self, source: RestoreSource, mapped: Mapped, options: RestoreOptions
+    ) -> LoadedInstant:
+        monitor, qemu_end = socket.socketpair()
+        with monitor:
+            with qemu_end:  # the end of QEMU must be noticed
+                started = start_mapped(source, mapped, options, qemu_end)
+            with contextlib.ExitStack() as undo:
+                undo.callback(started.end)
+                # Imported while QEMU starts.
+                from pyqmigrate.vm.incoming.instant_start import InstantStart, NotStarted
+
+                saved = read_saved_machine(source.snapshot)
+                loading = InstantStart(
+                    source, mapped, started.files, started.qemu, monitor, saved, options
+                )
+                undo.pop_all()
+            self._loading = loading
+            if self._abandoned:
+                loading.abandon()
+            try:
+                return loading.run()
+            except NotStarted:
+                raise
+            except Exception as error:
+                self.failure = error
+                raise
 
 
 def _forked_keeper(snapshot: Target) -> StartedKeeper | None:
@@ -196,26 +284,6 @@ def _forked_keeper(snapshot: Target) -> StartedKeeper | None:
         return fork_keeper(snapshot if isinstance(snapshot, str) else "")
     except TargetError:  # the restore that follows meets it again
         return None
-
-
-def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
-    source = RestoreSource(
-        snapshot,
-        options.offset,
-        options.base,
-        options.cache,
-        record=options.record is not None,
-        ahead=options.reads_ahead,
-    )
-    with contextlib.ExitStack() as undo:
-        undo.callback(source.close)
-        chosen = choose_command(source, words, options.disks)
-        undo.callback(chosen.discard)
-        command, options, notes = prepare(chosen.command, options, source)
-        mapped = map_source(command, source)
-        started = start_mapped(source, mapped, options)
-        undo.pop_all()
-        return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)
 
 
 def _start_lazy(

@@ -13,7 +13,6 @@ import json
 import mmap
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,13 @@ _DROPPED = {
 _LEAVES_RAM_ALONE = r"$|(pc|isapc|microvm|virt|s390-ccw-virtio|xenfv)(-|$)"
 
 
-@dataclass
 class Mapped:
     """A command line whose QEMU maps ``blocks``, and notes on what else changed."""
 
-    command: CommandLine
-    blocks: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, command: CommandLine) -> None:
+        self.command = command
+        self.blocks: list[str] = []
+        self.notes: list[str] = []
 
 
 def map_blocks(command: CommandLine, snapshot: MappedRamSnapshot, fd: int) -> Mapped:

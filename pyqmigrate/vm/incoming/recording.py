@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.pagemap import add_bits
 from pyqmigrate.io.threads import start_thread

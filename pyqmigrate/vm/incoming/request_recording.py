@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterable, Sequence
 
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.format.working_set import RUNS_MAX, TouchedRun, WorkingSet, WorkingSetLine
 from pyqmigrate.io.view import SharedView
 from pyqmigrate.vm.incoming.recording import Recorder, WorkingSetReport

@@ -28,6 +28,7 @@ from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.incoming.attempt import RestoreAttempt
 from pyqmigrate.vm.incoming.early_start import EarlyRestore, StartedRestore, prepare, start_mapped
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
+from pyqmigrate.vm.incoming.instant_start import LoadedInstant
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
@@ -95,6 +96,8 @@ async def finish_restore(early: EarlyRestore) -> RestoredVm:
         if isinstance(started, StartedRestore):
             attempt = RestoreAttempt(*arguments)
             return await _closing(streams, attempt.instant_or_load(started, early.command))
+        if isinstance(started, LoadedInstant):
+            return await _closing(streams, RestoreAttempt(*arguments).finish_instant(started))
         from pyqmigrate.vm.incoming.lazy import LazyAttempt
 
         return await _closing(streams, LazyAttempt(*arguments).finish(started))

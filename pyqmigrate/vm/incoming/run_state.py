@@ -1,8 +1,14 @@
-"""Explain the run state of a restored guest that does not run."""
+"""The run state of a restored guest: whether it is resumed, and why it does not run."""
 
 from __future__ import annotations
 
-__all__ = ["CONTINUABLE", "RUNS", "describe_state"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.options import RestoreOptions
+    from pyqmigrate.vm.incoming.saved_machine import SavedMachine
+
+__all__ = ["CONTINUABLE", "RUNS", "describe_state", "resumes_here", "shall_resume"]
 
 RUNS = ("running", "suspended")  # a suspended guest sleeps while its devices run
 CONTINUABLE = ("paused", "prelaunch", "io-error", "watchdog")
@@ -19,6 +25,22 @@ _MEANING = {
     "watchdog": "its watchdog had fired; cont resumes it",
     "postmigrate": "cont resumes it",
 }
+
+
+def resumes_here(saved: SavedMachine, options: RestoreOptions) -> bool:
+    """Return whether an instant restore or a load resumes the guest itself: otherwise QEMU does as soon as
+    it has loaded."""
+    return options.paused is not None or saved.run_state is not None
+
+
+def shall_resume(
+    state: str, saved: SavedMachine, options: RestoreOptions, was_running: bool
+) -> bool:
+    """Return whether a loaded guest in ``state`` has to be resumed; ``was_running`` is libvirt's record
+    of it."""
+    if options.paused is not None:
+        return not options.paused and state in CONTINUABLE
+    return (was_running or saved.run_state in RUNS) and state in ("paused", "prelaunch")
 
 
 def describe_state(state: str, saved: str | None, *, asked_to_run: bool) -> str | None:

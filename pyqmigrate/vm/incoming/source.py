@@ -10,12 +10,12 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import DirectIORefused, NotSupported, TargetError, UsageError
 from pyqmigrate.format.stream.configuration import MAPPED_RAM
+from pyqmigrate.format.suffixes import WORKING_SET
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import InputFile
@@ -40,13 +40,9 @@ __all__ = ["Reading", "RestoreSource", "map_source"]
 _WARM = 0.5  # share of the file in the page cache from which direct I/O is slower
 _COLD_CHANNELS = 32  # QEMU has one direct read in flight for each
 _WARM_CHANNELS = 4
-# As pyqmigrate.format.working_set has it: most snapshots have no working set, and a restore has no
-# time for a module that it does not need.
-_WORKING_SET = ".workingset"
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """How QEMU shall read the whole file: channels, the direct descriptor if any, and why."""
 
     channels: int
@@ -309,7 +305,7 @@ class RestoreSource:
         if self.place is None:
             return None
         try:
-            return os.fspath(resolve_symlink(self.place)) + _WORKING_SET
+            return os.fspath(resolve_symlink(self.place)) + WORKING_SET
         except TargetError:
             return None
 

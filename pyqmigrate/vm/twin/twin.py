@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.device.broken_virtio import without_broken
 from pyqmigrate.format.device.described import check_described
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED
 from pyqmigrate.format.stream.description import parse
-from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from pyqmigrate.io.target import Descriptors

@@ -13,7 +13,7 @@ import pytest
 import pyqmigrate
 from pyqmigrate import Cancelled, FileMemory, NotSupported, RamBlock, SnapshotError, UsageError
 from pyqmigrate.analysis import By, Extent, MemoryMap, memory_map
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.direct_io import DirectIO

@@ -10,7 +10,7 @@ import pytest
 from pyqmigrate import UsageError, open_snapshot
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from pyqmigrate.snapshot.devices import devices as look_into
 from tests.harness.command import Command

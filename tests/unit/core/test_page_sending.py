@@ -20,7 +20,7 @@ from pyqmigrate.errors import QemuError, UsageError
 from pyqmigrate.format.postcopy.records import PART_END, PART_HEADER
 from pyqmigrate.format.postcopy.return_path import Request, ReturnPath
 from pyqmigrate.format.postcopy.stream import PostcopyBlock
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.checked_pages import CheckedPages
 from pyqmigrate.io.page_sending import Events, PageSending, PagesInFile, SentBlock

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ HEADER = LibvirtHeader(True, 2, ImageFormat.RAW, True, XML, "<cookie/>", 70001, 
 
 
 def image(path: Path, **changes: object) -> Path:
-    path.write_bytes(encode_header(replace(HEADER, **changes)) + b"a stream that nobody reads")
+    path.write_bytes(encode_header(HEADER._replace(**changes)) + b"a stream that nobody reads")
     return path
 
 
@@ -53,7 +52,7 @@ def test_image_has_the_header_and_the_memory(
     convert(snapshot, disk / "from", to=source)
     like = image(disk / "old.save")
     convert(disk / "from", disk / "new.save", to="libvirt", like=like, image_format=form)
-    assert header_of(disk / "new.save") == replace(HEADER, format=ImageFormat[form.upper()])
+    assert header_of(disk / "new.save") == HEADER._replace(format=ImageFormat[form.upper()])
     with open_snapshot(disk / "new.save") as new:
         new.verify()
         assert new.format is (Format.SEQUENTIAL if form == "raw" else Format.MAPPED_RAM)

@@ -24,7 +24,8 @@ from pyqmigrate.format.increment import (
     is_increment,
 )
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGE_SIZES
 from tests.harness.examples import some
 
 MIB = 1 << 20

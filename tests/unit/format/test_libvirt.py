@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,7 +90,7 @@ def test_numbers_that_libvirt_wrote_are_understood() -> None:
 
 
 def test_numbers_are_written_as_libvirt_writes_them() -> None:
-    header = replace(HEADER, xml="x" * 1828, cookie="y" * 235, stream_offset=92 + 67601)
+    header = HEADER._replace(xml="x" * 1828, cookie="y" * 235, stream_offset=92 + 67601)
     assert encode_header(header)[16:36] == WRITTEN
 
 
@@ -102,7 +100,7 @@ def test_image_that_libvirt_did_not_finish_is_known_as_such() -> None:
 
 def test_image_is_known_by_its_first_bytes() -> None:
     assert is_libvirt(encode_header(HEADER)[:16])
-    assert is_libvirt(encode_header(replace(HEADER, complete=False))[:16])
+    assert is_libvirt(encode_header(HEADER._replace(complete=False))[:16])
     assert not is_libvirt(b"QEVM\0\0\0\3" + bytes(8))
 
 
@@ -134,7 +132,7 @@ def test_field_without_a_meaning_is_named(offset: int, value: int, field: str) -
 
 
 def test_xml_without_an_end_is_refused() -> None:
-    header = replace(HEADER, cookie="", stream_offset=92 + len(XML) + 1)
+    header = HEADER._replace(cookie="", stream_offset=92 + len(XML) + 1)
     data = encode_header(header)[:-1] + b"x"
     with pytest.raises(SnapshotError, match="no final NUL"):
         read_header(source(data))
@@ -146,7 +144,7 @@ def test_file_of_another_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [replace(HEADER, stream_offset=92 + len(XML)), replace(HEADER, xml="a\0b")]
+    "header", [HEADER._replace(stream_offset=92 + len(XML)), HEADER._replace(xml="a\0b")]
 )
 def test_texts_that_cannot_be_written_are_refused(header: LibvirtHeader) -> None:
     with pytest.raises(ValueError, match=r"fit|NUL"):

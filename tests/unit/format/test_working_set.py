@@ -13,7 +13,8 @@ from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.page_table import PAGE_TABLE, PageTableLine
 from pyqmigrate.format.snapshot_companion import LINE_MAX
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGE_SIZES
 from pyqmigrate.format.working_set import WORKING_SET, TouchedRun, WorkingSet, WorkingSetLine
 from tests.harness.examples import some
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate import SnapshotError, UsageError, seal
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.page_digests import DigestTable

@@ -13,7 +13,7 @@ import pyqmigrate
 from pyqmigrate.cli import main
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.store.keys import working_set_key
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet, WorkingSetLine
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.input import InputFile

@@ -23,7 +23,7 @@ from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.store.keys import pack_key, snapshot_key
 from pyqmigrate.format.store.zstd import compress
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.working_set_file import working_set_path, write_working_set

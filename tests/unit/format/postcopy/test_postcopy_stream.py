@@ -7,8 +7,8 @@ import pytest
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.postcopy import stream
 from pyqmigrate.format.postcopy.stream import PostcopyBlock, encode_head, encode_package
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.configuration import Configuration
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
 
 PAGE = 4096
 ID = "00 52 41 4d "  # "RAM"

@@ -20,7 +20,7 @@ from pyqmigrate.format.postcopy.return_path import (
     Shut,
 )
 from pyqmigrate.format.postcopy.stream import PostcopyBlock
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 
 PAGE = 4096
 END_MARK = 0x0123456789ABCDEF

@@ -1,18 +1,16 @@
 """Block entries and their places."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.cursor import Cursor
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.mapped_ram import (
     BLOCKS_MAX,
     PAGE_SIZES,
     BlockLayout,
-    BlockSpec,
     encode_entry,
     place,
     read_entries,
@@ -93,7 +91,7 @@ def test_entry_reads_back_as_written(
     spec = BlockSpec(name, pages * page_size, page_size, address or 0)
     shared = address is not None
     data, layout = encode_entry(spec, offset, ignore_shared=shared)
-    layout = replace(layout, gpa=address)
+    layout = layout._replace(gpa=address)
     assert layout.header_end == offset + len(data)
     assert layout.bitmap_offset + layout.bitmap_size <= layout.pages_offset
     assert layout.pages_offset % MIB == 0

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.sequential import (
     RAM_EOS,
     SequentialStream,

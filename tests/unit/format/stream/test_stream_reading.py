@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate.format.stream.mapped_ram import PAGE_SIZES, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import PAGE_SIZES
 from pyqmigrate.format.stream.mapped_ram_reader import parse
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.format.stream.writer import encode_head, encode_tail

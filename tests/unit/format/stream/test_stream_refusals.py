@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.elements import LISTED_MAX
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.mapped_ram_reader import parse
 from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from tests.harness.stream_builders import (

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.format.stream.writer import encode_head, encode_tail
 

@@ -21,7 +21,7 @@ from pyqmigrate import (
     SnapshotError,
     save,
 )
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.sequential import encode_head
 from pyqmigrate.format.stream.writer import RAM_EOS, RAM_SECTION_ID, encode_end, encode_part_header
 from pyqmigrate.io.stream_file import StreamFile

@@ -10,7 +10,7 @@ import pytest
 
 from pyqmigrate.errors import NotSupported, TargetError, UsageError
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.working_set import SUFFIX, TouchedRun, WorkingSet
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.working_set_file import working_set_path, write_working_set

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.format.snapshot_id import SnapshotId
-from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
+from pyqmigrate.format.stream.block_spec import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io import threads
 from pyqmigrate.io.page_cache import cached_bytes, drop_cached
