@@ -14,7 +14,7 @@ from bench.results import GIB
 
 __all__ = ["KINDS", "mounted", "why_not"]
 
-# btrfs writes directly only to files without checksums, which a directory with this option has.
+# btrfs writes directly only to files without checksums: those made in a directory with this attribute.
 KINDS = ("ext4", "xfs", "btrfs", "btrfs nodatacow")
 _MAKE = {"ext4": ["-q", "-F"], "xfs": ["-q", "-f"], "btrfs": ["-q", "-f"]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pyqmigrate.cli.bench_chart import chart
 from pyqmigrate.cli.picture_file import check_picture_place, write_picture
 from pyqmigrate.cli.sizes import MIB
 from pyqmigrate.errors import NotSupported
+from pyqmigrate.format.png import mark
 
 __all__ = ["check_place", "draw"]
 
@@ -82,7 +84,9 @@ def draw(
     axes[0].set_ylim(bottom=0)  # shared with the other
     axes[0].set_ylabel("MiB/s of data, slowest to fastest run")
     axes[0].legend()
-    write_picture(place, path, lambda file: figure.savefig(file, format="png", dpi=120))
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, metadata={"Software": None})
+    write_picture(place, path, lambda file: file.write(mark(image.getvalue())))
 
 
 def _is_svg(path: str) -> bool:

@@ -21,37 +21,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
+from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.mount import protocol
 from pyqmigrate.mount.asking import Asking, Listener, Object, error_of
 from pyqmigrate.mount.board import Board
-from pyqmigrate.mount.connection import reply_to_kernel
 from pyqmigrate.mount.files import OpenFiles
+from pyqmigrate.mount.handshake import answer_init
 from pyqmigrate.mount.messages import Messages
 from pyqmigrate.mount.mounting import set_read_ahead, unmount
 from pyqmigrate.mount.nodes import Node
-from pyqmigrate.mount.protocol import Request
-from pyqmigrate.mount.push import PushRange, encode_ranges
+from pyqmigrate.mount.push import PushRange, encode_ranges, ranges_of
 from pyqmigrate.mount.remembered import RememberedRequests
+from pyqmigrate.mount.restarts import Restarts
 from pyqmigrate.mount.server import Owner
-from pyqmigrate.mount.waits import Wait, waits_of
+from pyqmigrate.mount.waits import LongWaits, Wait, waits_of
 from pyqmigrate.mount.worker import GONE, Worker
 
 __all__ = ["Keeper", "KeeperSettings"]
 
-_INIT_LIMIT = 30.0  # seconds for the kernel's first request
 _TICK = 1.0
-_SLOW = 5.0  # seconds: a wait that is worth a message
 _END_LIMIT = 1.0  # for a worker to see that the mount is gone
-_PAUSE_MIN, _PAUSE_MAX = 0.01, 2.0  # seconds before a worker is started again
-_WANTED = (
-    protocol.ASYNC_READ
-    | protocol.PARALLEL_DIROPS
-    | protocol.MAX_PAGES
-    | protocol.EXPLICIT_INVAL_DATA
-    | protocol.INIT_EXT
-    | protocol.HAS_RESEND
-)
 
 
 @dataclass(frozen=True)
@@ -103,10 +92,7 @@ class Keeper:
         self._worker: Worker | None = None
         self._remembered: RememberedRequests | None = None
         self._began = time.monotonic()
-        self._start_at = 0.0  # when the next worker is started
-        self._vain_starts = 0
-        self._answered = 0  # requests, when the last worker ended
-        self._restarts = 0
+        self._restarts = Restarts()
         self._serving = False  # whether a worker has ever served
         self._failure: PyqmigrateError | None = None
         self._mounted = True
@@ -115,7 +101,7 @@ class Keeper:
         self._ranges: list[PushRange] = []
         self._pushed = 0
         self._fetch = False
-        self._told: set[int] = set()
+        self._long_waits = LongWaits()
         self._poll = select.poll()
         self._actions: dict[int, Callable[[int], None]] = {}
         answers = {
@@ -144,24 +130,8 @@ class Keeper:
 
     def _initialise(self) -> None:
         """Answer the kernel's first request, and choose who reads the others."""
-        ready, _, _ = select.select([self._fd], [], [], _INIT_LIMIT)
-        if not ready:
-            raise TargetError(errno.ETIMEDOUT, "the kernel is silent", self._settings.directory)
-        buffer = bytearray(protocol.REQUEST_MAX)
-        length = os.readv(self._fd, [buffer])
-        request = Request.decode(buffer, length)
-        init = protocol.decode_init(memoryview(buffer)[protocol.HEADER_BYTES : length])
-        if request.operation != protocol.INIT or init[:2] < (7, protocol.MINOR_MIN):
-            reply_to_kernel(self._fd, request.unique, error=errno.EPROTO)
-            raise NotSupported(
-                f"this kernel has FUSE {init.major}.{init.minor}; 7.{protocol.MINOR_MIN} is needed "
-                "(Linux 5.4)"
-            )
-        want = _WANTED & init.flags
-        if self._settings.remember:
-            want &= ~protocol.HAS_RESEND
-        reply_to_kernel(self._fd, request.unique, [protocol.encode_init(init, want)])
-        if not want & protocol.HAS_RESEND:
+        settings = self._settings
+        if not answer_init(self._fd, settings.directory, resend=not settings.remember):
             os.set_blocking(self._fd, False)
             self._remembered = RememberedRequests(self._fd)
 
@@ -185,14 +155,14 @@ class Keeper:
     def _step(self) -> None:
         """Wait for something, at most a second, and act on it."""
         now = time.monotonic()
-        if self._worker is None and now >= self._start_at:
+        if self._worker is None and now >= self._restarts.start_at:
             self._start_worker()
-        limit = _TICK if self._worker is not None else min(_TICK, self._start_at - now)
+        limit = _TICK if self._worker is not None else min(_TICK, self._restarts.start_at - now)
         for fd, event in self._poll.poll(max(limit, 0) * 1000):
             action = self._actions.get(fd)
             if action is not None:  # None: closed by the action before it
                 action(event)
-        self._tell_slow()
+        self._tell_long_waits()
 
     def _register(self, fd: int, events: int, action: Callable[[int], None]) -> None:
         self._poll.register(fd, events)
@@ -225,7 +195,7 @@ class Keeper:
                 self._gone = True
                 return
             self._tell(f"cannot start a worker: {error}")
-            self._start_at = time.monotonic() + _PAUSE_MAX
+            self._restarts.not_started()
             return
         self._register(worker.fileno(), select.POLLIN, lambda _: self._hear())
         self._register(worker.ended, select.POLLIN, lambda _: self._worker_ended())
@@ -286,15 +256,9 @@ class Keeper:
             return
         if not self._serving and self._failure is not None:
             raise self._failure
-        self._restarts += 1
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         self._tell(f"worker {worker.pid} ended {how}; another one is started")
-        # At once, unless workers die without an answer: of a damaged installation, for instance.
-        answered = self._board.totals().requests
-        self._vain_starts = 0 if answered > self._answered else self._vain_starts + 1
-        self._answered = answered
-        pause = _PAUSE_MIN * 2 ** min(self._vain_starts, 10) if self._vain_starts else 0.0
-        self._start_at = time.monotonic() + min(pause, _PAUSE_MAX)
+        self._restarts.worker_ended(self._board.totals().requests)
 
     # Requests that the keeper passes on.
 
@@ -393,17 +357,10 @@ class Keeper:
         os.close(self._fd)
         self._remove_directory()
 
-    def _tell_slow(self) -> None:
-        """Add a message for each wait that has become long."""
-        slow = [wait for wait in self._waits() if wait.seconds >= _SLOW]
-        for wait in slow:
-            if wait.unique not in self._told:
-                who = f"process {wait.pid} ({wait.command})" if wait.pid else "the kernel"
-                self._tell(
-                    f"{who} waits for {wait.file or 'the directory'} at file offset "
-                    f"{wait.offset:#x} since {wait.seconds:.0f} s"
-                )
-        self._told = {wait.unique for wait in slow}
+    def _tell_long_waits(self) -> None:
+        """Keep a message for each wait that has become long."""
+        for message in self._long_waits.new_messages(self._waits()):
+            self._tell(message)
 
     def _tell(self, text: str) -> None:
         """Keep a message, and send it to the program that follows."""
@@ -427,7 +384,7 @@ class Keeper:
             "keeper": os.getpid(),
             "worker": None if self._worker is None else self._worker.pid,
             "seconds": time.monotonic() - self._began,
-            "restarts": self._restarts,
+            "restarts": self._restarts.count,
             "mounted": self._mounted,
             "resend": self._remembered is None,
             "requests": totals.requests,
@@ -452,15 +409,7 @@ class Keeper:
         if self._ranges:
             raise UsageError("another list is being pushed")
         self._hear()  # of a node that the client has just opened
-        by_name = {node.name: node.number for node in self._nodes.values()}  # the newest one
-        ranges = []
-        for name, offset, length in question["ranges"]:
-            if name not in by_name:
-                raise UsageError(f"{name!r} has not been opened: nothing can be pushed for it")
-            if not (0 <= offset < 1 << 63 and 0 < length < 1 << 63):
-                raise UsageError(f"{length} bytes at {offset} cannot be pushed")
-            ranges.append(PushRange(by_name[name], offset, length))
-        self._ranges = ranges
+        self._ranges = ranges_of(question["ranges"], self._nodes.values())
         if not self._settings.ahead:  # what the worker pushes by itself is counted from its start
             self._board.pushed = 0
         self._send_push()

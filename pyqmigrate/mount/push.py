@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.plain_file import PlainFile, views_of
 from pyqmigrate.log import logger
 from pyqmigrate.mount.board import Board
 from pyqmigrate.mount.connection import DeviceConnection
 from pyqmigrate.mount.nodes import Node, Nodes
 
-__all__ = ["PushRange", "decode_ranges", "encode_ranges", "push"]
+__all__ = ["PushRange", "decode_ranges", "encode_ranges", "push", "ranges_of"]
 
 _CHUNK = 1 << 20  # bytes that go in one message
 _PAGE = 4096
@@ -36,6 +36,22 @@ class PushRange(NamedTuple):
     node: int
     offset: int
     length: int
+
+
+def ranges_of(wanted: Iterable[tuple[str, int, int]], nodes: Iterable[Node]) -> list[PushRange]:
+    """Return the ranges that a client wants: names of open files, offsets and lengths in bytes.
+
+    Raises UsageError for a name that no node has, and for impossible numbers.
+    """
+    by_name = {node.name: node.number for node in nodes}  # the newest one
+    ranges = []
+    for name, offset, length in wanted:
+        if name not in by_name:
+            raise UsageError(f"{name!r} has not been opened: nothing can be pushed for it")
+        if not (0 <= offset < 1 << 63 and 0 < length < 1 << 63):
+            raise UsageError(f"{length} bytes at {offset} cannot be pushed")
+        ranges.append(PushRange(by_name[name], offset, length))
+    return ranges
 
 
 def encode_ranges(ranges: Iterable[PushRange]) -> int:

@@ -12,7 +12,9 @@ from pyqmigrate.mount.board import Activity
 from pyqmigrate.mount.nodes import Node
 from pyqmigrate.mount.remembered import RememberedRequest
 
-__all__ = ["Wait", "waits_of"]
+__all__ = ["LongWaits", "Wait", "waits_of"]
+
+_LONG = 5.0  # seconds: a wait that is worth a message
 
 _WORK = {
     protocol.READ: "read",
@@ -63,6 +65,28 @@ def waits_of(
     now = time.monotonic_ns()
     waits = [_wait(activity, nodes, now) for activity in found.values()]
     return sorted(waits, key=lambda wait: -wait.seconds)
+
+
+class LongWaits:
+    """The waits that became long, each of which is reported once."""
+
+    def __init__(self) -> None:
+        self._reported: set[int] = set()
+
+    def new_messages(self, waits: Iterable[Wait]) -> list[str]:
+        """Return a message for each of the ``waits``, all that there are now, that has become long."""
+        found = [wait for wait in waits if wait.seconds >= _LONG]
+        messages = [_message(wait) for wait in found if wait.unique not in self._reported]
+        self._reported = {wait.unique for wait in found}
+        return messages
+
+
+def _message(wait: Wait) -> str:
+    who = f"process {wait.pid} ({wait.command})" if wait.pid else "the kernel"
+    return (
+        f"{who} waits for {wait.file or 'the directory'} at file offset "
+        f"{wait.offset:#x} since {wait.seconds:.0f} s"
+    )
 
 
 def _wait(activity: Activity, nodes: Mapping[int, Node], now: int) -> Wait:

@@ -9,6 +9,7 @@ from pyqmigrate.analysis.picture.colours import THEMES, Painter, ThemeName
 from pyqmigrate.analysis.picture.labels import legend_of
 from pyqmigrate.analysis.picture.sheet import LEFT, LEGEND_LINE, pixels_of, sheet_of
 from pyqmigrate.errors import NotSupported
+from pyqmigrate.format.png import mark
 
 __all__ = ["check_available", "png_of"]
 
@@ -27,7 +28,7 @@ def check_available() -> None:
 
 
 def png_of(found: MemoryMap, theme: ThemeName = ThemeName.LIGHT) -> bytes:
-    """Return the image, a whole PNG file. Raises NotSupported without Pillow."""
+    """Return the image, a whole PNG file with the mark of this package. Raises NotSupported without Pillow."""
     check_available()
     from PIL import Image, ImageDraw, ImageFont
 
@@ -58,4 +59,4 @@ def png_of(found: MemoryMap, theme: ThemeName = ThemeName.LIGHT) -> bytes:
         draw.text((x + len(sample) * _SAMPLE + 8, y + 6), line, colours.text, font, "lm")
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
-    return data.getvalue()
+    return mark(data.getvalue())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pyqmigrate.analysis.map_report import MemoryMap
@@ -12,7 +10,7 @@ from pyqmigrate.analysis.picture.colours import Painter
 from pyqmigrate.analysis.picture.labels import names_of
 from pyqmigrate.analysis.picture.rows import Row, rows_of
 
-__all__ = ["Band", "Label", "Sheet", "encode_png", "pixels_of", "sheet_of"]
+__all__ = ["Band", "Label", "Sheet", "pixels_of", "sheet_of"]
 
 _WIDTH = 1024  # of the rows
 LEFT = 108  # for addresses
@@ -113,16 +111,3 @@ def pixels_of(band: Band, painter: Painter) -> list[bytes]:
     """Return the pixels of each row, red, green, blue, one for each cell."""
     background = painter.theme.background
     return [b"".join(bytes(painter(cell) or background) for cell in row.cells) for row in band.rows]
-
-
-def encode_png(rows: Sequence[bytes], width: int) -> bytes:
-    """Return a PNG of ``width`` pixels of red, green and blue."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    head = struct.pack(">IIBBBBB", width, len(rows), 8, 2, 0, 0, 0)
-    body = zlib.compress(b"".join(b"\0" + row for row in rows), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")

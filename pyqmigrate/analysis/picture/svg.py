@@ -5,7 +5,8 @@ from __future__ import annotations
 from pyqmigrate.analysis.map_report import MemoryMap
 from pyqmigrate.analysis.picture.colours import THEMES, Painter, ThemeName, hex_of
 from pyqmigrate.analysis.picture.labels import legend_of
-from pyqmigrate.analysis.picture.sheet import LEFT, LEGEND_LINE, encode_png, pixels_of, sheet_of
+from pyqmigrate.analysis.picture.sheet import LEFT, LEGEND_LINE, pixels_of, sheet_of
+from pyqmigrate.format.png import encode_png
 from pyqmigrate.format.svg import Svg
 
 __all__ = ["svg_of"]

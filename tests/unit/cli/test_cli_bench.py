@@ -11,6 +11,8 @@ import pytest
 
 from pyqmigrate.cli import bench
 from pyqmigrate.cli.bench_chart import chart
+from pyqmigrate.cli.plot import check_place
+from pyqmigrate.format.png import encode_png, is_marked
 from tests.harness.command import Command
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -49,7 +51,15 @@ def test_plot_is_a_picture(disk: Path, tmp_path: Path, command: Command) -> None
         "bench", "--size", "8MiB", "--dir", disk, "--channels", "1,2", "--plot", picture, "--json"
     )
     assert ran.json["plot"] == str(picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    data = picture.read_bytes()
+    assert is_marked(data[:64])
+    assert data.count(b"tEXtSoftware") == 1
+    theirs = tmp_path / "theirs.png"
+    theirs.write_bytes(encode_png([b"\xff\0\0"], 1))
+    ran = command("bench", "--dir", disk, "--plot", theirs)
+    assert ran.code == 2
+    assert "which has other content" in ran.err
+    check_place(str(picture))  # it replaces its own
 
 
 def test_plot_is_an_svg_without_matplotlib(

@@ -10,6 +10,7 @@ import pytest
 from pyqmigrate import open_snapshot
 from pyqmigrate.analysis import Extent
 from pyqmigrate.cli.map import read_extent
+from pyqmigrate.format.png import encode_png
 from tests.harness.command import Command, make_snapshot, pages
 
 
@@ -73,17 +74,20 @@ def test_a_file_of_another_kind_is_not_replaced(
 @pytest.mark.parametrize(
     ("form", "theirs"),
     [
-        ("svg", '<svg xmlns="http://www.w3.org/2000/svg" width="1"></svg>'),
-        ("html", "<!DOCTYPE html>\n<html><body>notes</body></html>"),
+        ("png", encode_png([b"\xff\0\0"], 1)),
+        ("svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="1"></svg>'),
+        ("html", b"<!DOCTYPE html>\n<html><body>notes</body></html>"),
     ],
 )
 def test_pictures_and_pages_of_others_are_not_replaced(
-    form: str, theirs: str, snapshot: Path, command: Command, tmp_path: Path
+    form: str, theirs: bytes, snapshot: Path, command: Command, tmp_path: Path
 ) -> None:
     target = tmp_path / f"index.{form}"
-    target.write_text(theirs)
-    assert command("map", snapshot, f"--{form}", target).code == 2
-    assert target.read_text() == theirs
+    target.write_bytes(theirs)
+    ran = command("map", snapshot, f"--{form}", target)
+    assert ran.code == 2
+    assert "which has other content: move that file, or choose another name" in ran.err
+    assert target.read_bytes() == theirs
 
 
 def test_changed_pages_are_marked(snapshot: Path, command: Command, tmp_path: Path) -> None:

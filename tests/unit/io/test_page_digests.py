@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate import Cancelled, GuestMemoryError, UsageError
+from pyqmigrate.io import page_digests
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Range, split_ranges
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.io.page_digests import DigestTable, PageDigests
 from tests.harness.examples import some
@@ -106,12 +109,23 @@ def test_another_process_and_a_file_are_digested(tmp_path: Path) -> None:
     os.close(fd)
 
 
-def test_a_cancelled_pass_ends(memories: tuple[bytearray, bytearray]) -> None:
+def test_a_cancelled_pass_ends(
+    memories: tuple[bytearray, bytearray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = threading.Event()
+
+    def ranges(block: int, npages: int, page_size: int) -> Iterator[Range]:
+        assert cancelled.wait(60)
+        return split_ranges(block, npages, page_size)
+
+    monkeypatch.setattr(page_digests, "split_ranges", ranges)
     with PageDigests(blocks_of(memories)) as digests:
         job = digests.start_compute(channels=1)
         job.cancel()
+        cancelled.set()
         with pytest.raises(Cancelled):
             job.result()
+        assert job.progress.bytes_done == 0
 
 
 @pytest.mark.parametrize("npages", [1, SMALL + 1])

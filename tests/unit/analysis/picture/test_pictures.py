@@ -6,8 +6,6 @@ import base64
 import io
 import itertools
 import re
-import struct
-import zlib
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,7 +16,7 @@ from pyqmigrate.analysis.map_report import MappedArea, MemoryMap
 from pyqmigrate.analysis.picture.colours import THEMES, Kind, Painter, ThemeName, kind_of
 from pyqmigrate.analysis.picture.png import png_of
 from pyqmigrate.analysis.picture.rows import rows_of
-from pyqmigrate.analysis.picture.sheet import encode_png, sheet_of
+from pyqmigrate.analysis.picture.sheet import sheet_of
 from pyqmigrate.analysis.picture.svg import svg_of
 from pyqmigrate.analysis.picture.terminal import Colours, colours_of, draw, grid, theme_of
 from pyqmigrate.io.page_map import Counts
@@ -177,14 +175,6 @@ def test_a_name_that_could_control_the_terminal_is_escaped() -> None:
 
 
 # ---- images ----
-
-
-def test_the_pixels_of_a_png_are_those_given() -> None:
-    rows = [bytes((255, 0, 0, 0, 255, 0)), bytes((1, 2, 3, 4, 5, 6))]
-    data = encode_png(rows, 2)
-    assert struct.unpack(">II", data[16:24]) == (2, 2)
-    length = struct.unpack(">I", data[33:37])[0]
-    assert zlib.decompress(data[41 : 41 + length]) == b"".join(b"\0" + row for row in rows)
 
 
 @pytest.mark.parametrize("theme", ThemeName)
