@@ -10,7 +10,9 @@ through its :class:`~pyqmigrate.io.memory.SnapshotMemory`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from pyqmigrate.core import Block, Channel, File, JobState, Policy, Transfer
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.direct_io import Direct
-from pyqmigrate.io.huge_buffer import huge_buffer
+from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.memory import OpenMemory, SnapshotMemory
 
 __all__ = ["FIRST_MULTIPLE", "PagesInFile", "Window", "WindowReader"]
@@ -43,14 +45,19 @@ class Window:
     """``size`` bytes of memory, aligned for direct I/O. Close it, after the last view of it."""
 
     def __init__(self, size: int) -> None:
+        self._mapping = mmap.mmap(-1, size)
+        self._mapping.madvise(mmap.MADV_DONTFORK)  # a child would split it from what is read
+        with contextlib.suppress(OSError):  # not every kernel has huge pages
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.size = size
-        self.data = huge_buffer(size)
-        self.memory = OpenMemory("", self.data, writable=True)
+        self.memory = OpenMemory("", self._mapping, writable=True)
+        self.data = memoryview(self._mapping)
 
     def close(self) -> None:
         """Free the memory. Idempotent."""
         self.memory.close()
         self.data.release()
+        unmap(self._mapping)
 
 
 class WindowReader:

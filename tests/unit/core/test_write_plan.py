@@ -431,3 +431,12 @@ def test_direct_alignment_of_a_disk_is_reported(file: File, disk: Path) -> None:
 def test_direct_alignment_of_a_closed_descriptor_is_an_error() -> None:
     mem, off = ffi.new("uint32_t *"), ffi.new("uint32_t *")
     assert lib.qm_direct_align(-1, mem, off) == -errno.EBADF
+
+
+def test_direct_writes_are_not_buffered_on_tmpfs_nor_without_a_file(shm: Path) -> None:
+    fd = os.open(shm, os.O_RDWR | os.O_TMPFILE)
+    try:
+        assert lib.qm_buffers_direct_writes(fd) == 0
+    finally:
+        os.close(fd)
+    assert lib.qm_buffers_direct_writes(-1) == 0
