@@ -37,7 +37,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from pyqmigrate import __version__
-from pyqmigrate.cli.arguments import BadArguments, Parser, add_general
+from pyqmigrate.cli.arguments import BadArguments, Parser, RawHelpFormatter, add_general
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.lines_output import json_line
 from pyqmigrate.cli.missing_streams import fill_missing_streams
@@ -150,7 +150,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         epilog=_EPILOG,
         description="Save, restore and look into the memory of QEMU virtual machines.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")
     add_general(parser)
