@@ -162,6 +162,21 @@ def test_a_verb_of_a_store_loads_no_other_verb_and_no_library_for_urls() -> None
     assert not {"obstore", "numpy", "asyncio"} & found
 
 
+def test_a_save_without_a_seal_loads_nothing_that_seals():
+    sealing = named("integrity.manifest", "integrity.save_seal", "integrity.digests", "format.seal")
+    code = (
+        "import pyqmigrate, tempfile\n"
+        "blocks = [pyqmigrate.RamBlock('pc.ram', bytearray(1 << 20))]\n"
+        "pyqmigrate.save(tempfile.mkdtemp() + '/snapshot', blocks)"
+    )
+    assert not sealing & loaded(code)
+
+
+def test_the_version_is_shown_without_any_verb():
+    found = loaded("import pyqmigrate.cli\npyqmigrate.cli.main(['--version'])")
+    assert not {name for name in found if name.startswith("pyqmigrate.cli.vm")}
+
+
 def test_a_save_loads_what_makes_a_twin_only_where_it_makes_one():
     twin = named("vm.twin.twin", "vm.qemu.launch")
     assert not twin & loaded("import pyqmigrate.vm.outgoing.save")
