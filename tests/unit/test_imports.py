@@ -163,7 +163,7 @@ def test_a_verb_of_a_store_loads_no_other_verb_and_no_library_for_urls() -> None
 
 
 def test_a_save_without_a_seal_loads_nothing_that_seals():
-    sealing = named("integrity.manifest", "integrity.save_seal", "integrity.digests", "format.seal")
+    sealing = named("integrity.manifest", "integrity.save_seal", "integrity.digests")
     code = (
         "import pyqmigrate, tempfile\n"
         "blocks = [pyqmigrate.RamBlock('pc.ram', bytearray(1 << 20))]\n"
