@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.integrity.manifest import check_place
-from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job, Progress
@@ -20,6 +18,9 @@ from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.target import Descriptors, Target, stream_offset, target_path
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
+
+if TYPE_CHECKING:
+    from pyqmigrate.integrity.save_seal import SaveSeal
 
 __all__ = ["StartSaveOptions", "save", "start_save"]
 
@@ -116,5 +117,9 @@ def start_save(
 def _seal_beside(target: Target, algorithm: Algorithm) -> SaveSeal:
     if isinstance(target, Descriptors):
         raise UsageError("a seal needs a path to be written beside; descriptors have none")
+    # Most saves write none.
+    from pyqmigrate.integrity.manifest import check_place
+    from pyqmigrate.integrity.save_seal import SaveSeal
+
     place = check_place(seal_path(target_path(target)))
     return SaveSeal(algorithm, stream_offset(target), place)

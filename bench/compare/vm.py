@@ -139,12 +139,16 @@ def restores(
         bios = chatterer(Path(name))
         # As pip leaves it; in a tree of one's own it may not be.
         compileall.compile_dir(Path(pyqmigrate.__file__).parent, quiet=1)
+        bare = path.with_name(f"{path.name}-bare")  # beside which no record is
         with _saved(size, path, size, bios=bios):
+            bare.hardlink_to(path)
             for _ in range(_SERIAL_ROUNDS):
                 add(SERIAL_WORK, QEMU, "fresh", _until_it_speaks(_command(size, bios)))
-                ours = [*_PYQMIGRATE, "vm", "restore", str(path), "--", *_command(size, bios)]
-                add(SERIAL_WORK, OURS, "vm restore, instant", _until_it_speaks(ours))
-        disk.clear(path)
+                for what, snapshot in (("", path), (", no record", bare)):
+                    ours = [*_PYQMIGRATE, "vm", "restore", str(snapshot), "--"]
+                    sample = _until_it_speaks([*ours, *_command(size, bios)])
+                    add(SERIAL_WORK, OURS, f"vm restore, instant{what}", sample)
+        disk.clear(path, bare)
     with _saved(size, path, size):
         runs: list[tuple[str, str, Callable[[], Sample]]] = [
             (OURS, "vm restore, load", partial(_restore, path, size, "load"))

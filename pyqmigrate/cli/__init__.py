@@ -37,7 +37,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from pyqmigrate import __version__
-from pyqmigrate.cli.arguments import BadArguments, Parser, add_general
+from pyqmigrate.cli.arguments import BadArguments, Parser, RawHelpFormatter, add_general
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.lines_output import json_line
 from pyqmigrate.cli.missing_streams import fill_missing_streams
@@ -73,6 +73,7 @@ _VERBS = (
     "bench",
     "serve",
 )
+_VERSION = "--version"
 _EPILOG = """Exit codes: 0 done, 1 the snapshot is bad or something differs, 2 wrong usage,
 3 the system refused (space, permission, I/O), 4 the guest or QEMU failed,
 5 not supported here, 130 interrupted.
@@ -124,6 +125,9 @@ def _fills_stdout(parsed: argparse.Namespace | None) -> bool:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
     """Return the arguments; None if argparse has printed the help or the version."""
+    if arguments and arguments[0] == _VERSION:  # without the parsers of all verbs
+        _write(sys.stdout, f"pyqmigrate {__version__}\n")
+        return None
     try:
         parsed: argparse.Namespace = build_parser().parse_args(arguments)
     except SystemExit:  # --help, --version: everything else raises BadArguments
@@ -150,9 +154,9 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         epilog=_EPILOG,
         description="Save, restore and look into the memory of QEMU virtual machines.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    parser.add_argument(_VERSION, action=_Version, help="show the version and exit")
     add_general(parser)
     parser.set_defaults(json=False, verbose=False, quiet=False, no_progress=False)
     parser.offer(__name__, _VERBS)

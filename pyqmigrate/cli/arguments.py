@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,7 +19,9 @@ from pyqmigrate.io.direct_io import DirectIO
 
 __all__ = [
     "BadArguments",
+    "HelpFormatter",
     "Parser",
+    "RawHelpFormatter",
     "Verbs",
     "add_base",
     "add_bitmap_order",
@@ -33,8 +37,10 @@ __all__ = [
 ]
 
 _SEAL = "--seal"
-_ONE_DASH = re.compile(r"-[A-Za-z]")
-_QEMU = re.compile(r"(^|/)qemu-[^/]*$")
+_COLUMNS = 80  # of an output that is not a terminal
+# Compiled when first used: a restore waits for each import.
+_ONE_DASH = r"-[A-Za-z]"
+_QEMU = r"(^|/)qemu-[^/]*$"
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -47,6 +53,29 @@ class BadArguments(UsageError):
         self.usage = usage
 
 
+def _terminal_width() -> int:
+    """Return the columns of the terminal, as shutil.get_terminal_size does."""
+    with contextlib.suppress(ValueError):
+        if columns := int(os.environ.get("COLUMNS", "0")):
+            return columns
+    try:
+        return os.get_terminal_size(1).columns or _COLUMNS
+    except OSError:
+        return _COLUMNS
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's, which would import shutil for each parser: it makes one for each argument."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        settings.setdefault("width", _terminal_width() - 2)
+        super().__init__(prog, **settings)
+
+
+class RawHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The same for a description with line breaks of its own."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises BadArguments where argparse would print and exit.
 
@@ -56,6 +85,10 @@ class Parser(argparse.ArgumentParser):
     takes_command_line = False  # a VM's command line after -- becomes the attribute ``command``
     command_line_option: str | None = None  # the option that gives -- this meaning; None: always
     _offered: tuple[str, Sequence[str]] | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", HelpFormatter)
+        super().__init__(**settings)
 
     def offer(self, package: str, names: Sequence[str]) -> None:
         """Accept the verbs ``names``: modules of ``package``, with ``_`` for ``-``, that have a function
@@ -105,13 +138,13 @@ class Parser(argparse.ArgumentParser):
     def _looks_like_ours(self, word: str) -> bool:
         """Return whether ``word`` is an option of QEMU whose first letter is a short option here:
         ``-vnc``, but not ``-vq``."""
-        if not _ONE_DASH.match(word):
+        if not re.match(_ONE_DASH, word):
             return False
         ours = {name[1] for name in self._option_string_actions if len(name) == 2}
         return word[1] in ours and not ours.issuperset(word[1:])
 
     def _refuse_without_dashes(self, words: Sequence[str], word: str) -> NoReturn:
-        program = next((text for text in words if _QEMU.search(text)), None)
+        program = next((text for text in words if re.search(_QEMU, text)), None)
         if program is None and word.startswith("-"):
             self.error(
                 f"{word} looks like an option of QEMU: the command line of the VM comes after --, "
@@ -187,7 +220,7 @@ def add_verb(verbs: Verbs, name: str, run: Any, document: str | None) -> Parser:
         name,
         help=summary[:1].lower() + summary[1:].rstrip("."),
         description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawHelpFormatter,
         allow_abbrev=False,
     )
     add_general(parser)

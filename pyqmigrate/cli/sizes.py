@@ -14,7 +14,8 @@ __all__ = ["MIB", "read_range", "read_size", "show_rate", "show_size"]
 MIB = 1 << 20
 
 _UNITS = ((10, "KiB"), (20, "MiB"), (30, "GiB"))
-_BINARY = re.compile(r"([0-9.]+) ?([kmgtpe])i(?:b)?", re.IGNORECASE | re.ASCII)
+# Compiled when first used: a restore waits for each import.
+_BINARY = r"(?ia)([0-9.]+) ?([kmgtpe])i(?:b)?"
 
 
 def read_size(text: str) -> int:
@@ -23,7 +24,7 @@ def read_size(text: str) -> int:
 
     The limit is that of a file, 8 EiB.
     """
-    found = _BINARY.fullmatch(text.strip())
+    found = re.fullmatch(_BINARY, text.strip())
     try:
         size = parse_size(found[1] + found[2] if found else text)
     except UsageError:

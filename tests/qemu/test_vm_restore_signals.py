@@ -18,14 +18,18 @@ pytestmark = pytest.mark.qemu
 
 PC = ["-M", "pc", "-m", str(RAM >> 20)]
 INTERRUPTED = (130, -signal.SIGINT)  # the same for a shell
-# The command, which has a signal come in its event loop when it calls this function of that module.
+# The command, which has a signal come when it calls this function of that module.
 AT = """
-import asyncio, importlib, os, sys
+import asyncio, importlib, os, sys, time
 module, name, number = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
 home = importlib.import_module(module)
 original = getattr(home, name)
 def with_signal(*arguments, **options):
-    asyncio.get_running_loop().call_soon(os.kill, os.getpid(), number)
+    try:
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), number)
+    except RuntimeError:  # in the thread of an instant restore, for which the main thread waits
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)
     return original(*arguments, **options)
 setattr(home, name, with_signal)
 from pyqmigrate.cli import main
@@ -87,12 +91,13 @@ def test_signal_while_qemu_loads_ends_it_before_the_guest_runs(
     serial = tmp_path / "serial"
     options = ["--count", "1", "--dir", str(tmp_path)] if verb == "clone" else []
     for mode, number in [("load", signal.SIGTERM), ("instant", signal.SIGINT)]:
+        early = mode == "instant" and verb == "restore"  # it needs no event loop
         process = start(
             [
                 sys.executable,
                 "-c",
                 AT,
-                module,
+                "pyqmigrate.vm.incoming.instant_start" if early else module,
                 function,
                 str(int(number)),
                 "vm",

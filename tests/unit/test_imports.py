@@ -113,10 +113,31 @@ def test_a_restore_loads_nothing_of_a_lazy_one():
     assert not lazy & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.restore")
 
 
+EARLY = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.early_start"
+
+
 def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
-    code = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.early_start"
     late = {"asyncio", "ssl", "qemu.qmp"} | named("vm.qemu.monitor", "qapi.parameters")
-    assert not late & loaded(code)
+    assert not late & loaded(EARLY)
+
+
+def test_a_restore_starts_qemu_without_the_libraries_that_take_long():
+    slow = {"dataclasses", "inspect", "ast", "logging", "traceback", "hmac", "secrets", "numpy"}
+    loads = named("io.memory", "io.job", "io.pages", "format.seal", "snapshot.load.mapped_ram")
+    assert not (slow | loads) & loaded(f"{EARLY}, pyqmigrate.vm.record.disk_check")
+
+
+def test_the_guest_of_an_instant_restore_runs_before_an_event_loop_is_loaded():
+    late = {"asyncio", "qemu.qmp"} | named("vm.qemu.monitor", "vm.incoming.attempt")
+    assert not late & loaded(f"{EARLY}, pyqmigrate.vm.incoming.instant_start")
+
+
+def test_a_command_line_is_parsed_without_asking_shutil_for_the_terminal():
+    code = (
+        "import pyqmigrate.cli\n"
+        "pyqmigrate.cli.build_parser().parse_args(['vm', 'restore', 'x', '--', 'qemu'])"
+    )
+    assert "shutil" not in loaded(code)
 
 
 def test_a_snapshot_in_a_file_loads_nothing_of_stores():
@@ -139,6 +160,21 @@ def test_a_verb_of_a_store_loads_no_other_verb_and_no_library_for_urls() -> None
     assert "pyqmigrate.cli.store.create" in found
     assert not named("cli.store.get", "store.adding", "store.object_place", "vm") & found
     assert not {"obstore", "numpy", "asyncio"} & found
+
+
+def test_a_save_without_a_seal_loads_nothing_that_seals():
+    sealing = named("integrity.manifest", "integrity.save_seal", "integrity.digests")
+    code = (
+        "import pyqmigrate, tempfile\n"
+        "blocks = [pyqmigrate.RamBlock('pc.ram', bytearray(1 << 20))]\n"
+        "pyqmigrate.save(tempfile.mkdtemp() + '/snapshot', blocks)"
+    )
+    assert not sealing & loaded(code)
+
+
+def test_the_version_is_shown_without_any_verb():
+    found = loaded("import pyqmigrate.cli\npyqmigrate.cli.main(['--version'])")
+    assert not {name for name in found if name.startswith("pyqmigrate.cli.vm")}
 
 
 def test_a_save_loads_what_makes_a_twin_only_where_it_makes_one():

@@ -26,7 +26,7 @@ moved. In mode load the two are merged and streamed to QEMU.
 
 QEMU inherits this command's standard streams and every other open descriptor (-add-fd fd=5, -netdev
 tap,fd=5). The command waits until QEMU ends, and forwards SIGINT, SIGTERM and SIGHUP to it; before
-the restore is complete they end it, and the guest has not run. The report is printed on standard
+the report they end it. The report is printed on standard
 error when the guest is restored.
 
 A saved guest's clocks stop, so its wall clock falls behind. ``--set-time`` sets it by the guest

@@ -178,10 +178,10 @@ def start_early(
     except TargetError:  # likewise
         return None
     try:
-        thread.join()
+        start.ended.wait()  # Thread.join() of Python 3.11 cannot be called again once it was interrupted
     except BaseException:
         start.abandon()
-        thread.join()
+        start.ended.wait()
         if start.result is not None:
             start.result.end()
         raise
@@ -191,7 +191,8 @@ def start_early(
 
 
 class _EarlyStart:
-    """A start in a thread of its own: ``result``, or the ``failure`` of a QEMU that had started."""
+    """A start in a thread of its own. When it has ``ended`` there is its ``result``, or the ``failure`` of a
+    QEMU that had started, or neither."""
 
     def __init__(
         self,
@@ -204,6 +205,7 @@ class _EarlyStart:
         self._keeper = keeper
         self._loading: InstantStart | None = None
         self._abandoned = False
+        self.ended = threading.Event()
         self.result: EarlyRestore | None = None
         self.failure: Exception | None = None
 
@@ -221,6 +223,8 @@ class _EarlyStart:
                 self.result = _start_lazy(self._snapshot, self._words, self._options, self._keeper)
         except Exception:  # the restore that follows meets it again, unless it is the failure
             return
+        finally:
+            self.ended.set()
 
     def _start(self) -> EarlyRestore:
         source = RestoreSource(

@@ -198,7 +198,7 @@ class InstantStart:
         started = time.monotonic()
         try:
             run_blocking(monitor.execute("migrate-incoming", {"uri": uri, "exit-on-error": False}))
-            self._wait(monitor)
+            _wait(self._qemu, monitor)
         except (QemuGone, QemuRefused):
             raise
         except QemuError as error:
@@ -206,20 +206,6 @@ class InstantStart:
         seconds = time.monotonic() - started
         run_blocking(monitor.execute("remove-fd", {"fdset-id": fdset["fdset-id"]}))
         return incoming, seconds
-
-    def _wait(self, monitor: BlockingMonitor) -> None:
-        """Wait until the load has ended. Raises QemuError if it failed."""
-        pause = _FIRST_POLL
-        while True:
-            answer = run_blocking(monitor.execute("query-migrate"))
-            status = answer.get("status")
-            if status == "completed":
-                return
-            if status in ("failed", "cancelled"):
-                reason = answer.get("error-desc", status)
-                raise QemuError(self._qemu.describe(f"QEMU failed to load the snapshot: {reason}"))
-            time.sleep(pause)
-            pause = min(2 * pause, _LAST_POLL)
 
     def _settle(self, monitor: BlockingMonitor) -> str:
         """Wait for the run state, resume the guest if it shall run, and return the state."""
@@ -251,6 +237,21 @@ def _stream_of(source: RestoreSource, mapped: Mapped) -> IncomingStream:
     from pyqmigrate.vm.incoming.increment_stream import IncrementStream
 
     return IncrementStream(source.increment, mapped.blocks, sealed=sealed)
+
+
+def _wait(qemu: QemuProcess, monitor: BlockingMonitor) -> None:
+    """Wait until the load has ended. Raises QemuError if it failed."""
+    pause = _FIRST_POLL
+    while True:
+        answer = run_blocking(monitor.execute("query-migrate"))
+        status = answer.get("status")
+        if status == "completed":
+            return
+        if status in ("failed", "cancelled"):
+            reason = answer.get("error-desc", status)
+            raise QemuError(qemu.describe(f"QEMU failed to load the snapshot: {reason}"))
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_POLL)
 
 
 def _run_state(monitor: BlockingMonitor) -> str:

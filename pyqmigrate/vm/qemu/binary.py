@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 
@@ -14,6 +13,7 @@ _SECTION = struct.Struct("IIQQQQIIQQ")  # Elf64_Shdr
 _PROGBITS, _WRITE, _EXECUTE = 1, 1, 4
 _SECTIONS_MAX = 1 << 10
 _CONSTANTS_MAX = 16 << 20  # bytes; QEMU 10 and 11 have 2 MiB
+_PIECE = 1 << 18  # bytes; two reads overlap
 _KNOWN_MAX = 16  # answers
 _known: dict[tuple[object, ...], bool] = {}  # by type, and identity of the file
 
@@ -45,10 +45,13 @@ def has_type(executable: str | os.PathLike[str], name: str) -> bool:
 
 
 def _find(fd: int, name: str) -> bool:
-    # Searched in place: copying megabytes would take longer, and QEMU is waiting.
-    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as text:
-        wanted = b"\0%s\0" % name.encode()
-        return any(text.find(wanted, *section) >= 0 for section in _constants(fd))
+    wanted = b"\0%s\0" % name.encode()
+    # Copied, since page faults of a mapping would take several times as long, and QEMU is waiting.
+    return any(
+        wanted in os.pread(fd, min(_PIECE + len(wanted), end - offset), offset)
+        for start, end in _constants(fd)
+        for offset in range(start, end, _PIECE)
+    )
 
 
 def _constants(fd: int) -> list[tuple[int, int]]:

@@ -170,7 +170,7 @@ def test_a_short_digest_is_not_right() -> None:
 
 def test_blocks_that_do_not_fit_are_left_out() -> None:
     block = HEAD.blocks[0]
-    many = replace(HEAD, blocks=tuple(replace(block, name=f"ram{n}") for n in range(20_000)))
+    many = replace(HEAD, blocks=tuple(block._replace(name=f"ram{n}") for n in range(20_000)))
     line = many.encode(DIGESTS)
     assert len(line) <= HEAD_MAX
     assert SealLine.decode(line).head == replace(HEAD, blocks=())

@@ -27,6 +27,11 @@ def test_type_among_the_constants_is_found(tmp_path: Path) -> None:
     assert not has_type(file, "monitor")
 
 
+@pytest.mark.parametrize("before", [0, (1 << 18) - 5, 1 << 18, (1 << 18) + 1, 3 << 18])
+def test_type_is_found_wherever_it_is(tmp_path: Path, before: int) -> None:
+    assert has_type(elf(tmp_path / "q", bytes([1]) * before + b"\0monitor-qmp\0"), "monitor-qmp")
+
+
 @pytest.mark.parametrize(("flags", "kind"), [(6, 1), (3, 1), (2, 8)])
 def test_code_and_variables_are_not_looked_at(tmp_path: Path, flags: int, kind: int) -> None:
     assert not has_type(
@@ -56,5 +61,5 @@ def test_unchanged_executable_is_searched_once(
 ) -> None:
     file = elf(tmp_path / "qemu", b"\0monitor-qmp\0")
     assert has_type(file, "monitor-qmp")
-    monkeypatch.setattr("pyqmigrate.vm.qemu.binary.mmap", None)
+    monkeypatch.setattr("pyqmigrate.vm.qemu.binary._find", None)
     assert has_type(file, "monitor-qmp")
