@@ -14,22 +14,22 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 #define HUGE_PAGE ((uint64_t)2 << 20)
-/* How far memory is made present before it is read into: what the queue of a channel has under way. A
- * device that serves a queue in bursts finds the next reads ready, and the kernel zeroes the memory while
- * the channel would wait for the device. */
-#define AHEAD (QM_QUEUE * QM_QUEUE_PIECE)
+/* How far memory is made present before it is read into: the kernel zeroes it while the device works, and
+ * a device that serves its queue in bursts finds the next reads ready. Twice as far was slower: what was
+ * zeroed has left the caches before it is read into. */
+#define AHEAD QM_CHUNK
 
 struct reader {
     const struct qm_transfer *transfer;
     qm_channel *channel;
     struct qm_fault *fault;
     int fd;
-    size_t unit;  /* granularity of positions and lengths; 1 when buffered */
-    int aligned;  /* positions and addresses satisfy the descriptor */
-    int small;    /* the memory is a file of small pages */
-    int pagemap;  /* for direct reads into plain memory; -1 if there is none */
-    int straight; /* this chunk needs no bounce buffer */
-    uint64_t present; /* up to this page, make_present() has been called */
+    size_t unit;      /* granularity of positions and lengths; 1 when buffered */
+    int aligned;      /* positions and addresses satisfy the descriptor */
+    int small;        /* the memory is a file of small pages */
+    int pagemap;      /* for direct reads into plain memory; -1 if there is none */
+    int straight;     /* this chunk needs no bounce buffer */
+    uint64_t present; /* make_present() has succeeded up to this page */
 };
 
 static int read_fault(struct reader *r, off_t bad, int rc)
@@ -168,8 +168,6 @@ static int make_present(struct reader *r, uint64_t from, uint64_t to)
     uintptr_t system_page = (uintptr_t)sysconf(_SC_PAGESIZE);
     if (from < r->present)
         from = r->present;
-    if (to > r->present)
-        r->present = to;
     for (uint64_t k = next_set(t->data, from, to); k < to;) {
         uintptr_t bytes = (uintptr_t)(t->memory->base + k * page);
         if (madvise((void *)(bytes - bytes % system_page), system_page, MADV_POPULATE_WRITE))
@@ -177,6 +175,8 @@ static int make_present(struct reader *r, uint64_t from, uint64_t to)
         k += (HUGE_PAGE - bytes % HUGE_PAGE + page - 1) / page;
         k = k < to ? next_set(t->data, k, to) : to;
     }
+    if (to > r->present)
+        r->present = to;
     return 0;
 }
 

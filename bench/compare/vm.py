@@ -49,7 +49,7 @@ _INSTANT_SIZES = (1, 4, 8)  # GiB
 _INSTANT_DATA = 256 << 20  # bytes; the rest of the memory was never touched
 _INSTANT_ROUNDS = 5
 _SERIAL_ROUNDS = 9
-_LOAD_CHANNELS = (2, 8, 16, 32)  # of QEMU's own loads
+_LOAD_CHANNELS = (2, 8, 16, 32, 64, 128)  # of QEMU's own loads
 
 # A guest that writes a byte to its serial port for ever, a little apart: from 0xff00 on
 #   mov $0x3f8,%dx; mov $'.',%al; 1: out %al,%dx; xor %cx,%cx; 2: loop 2b; jmp 1b

@@ -54,10 +54,14 @@ async def _stream_address(qemu: QemuSession, incoming: Incoming) -> AsyncIterato
 
 
 async def _wait(qemu: QemuSession) -> dict[str, Any]:
-    """Wait until the load ends or, in postcopy, the guest runs."""
+    """Wait until the load ends or, in postcopy, the guest runs.
+
+    QEMU's main loop reads a mapped-ram file, so its monitor does not answer before the end: the wait
+    has no limit.
+    """
     pause = _FIRST_POLL
     while True:
-        answer: dict[str, Any] = await qemu.monitor.execute("query-migrate")
+        answer: dict[str, Any] = await qemu.monitor.execute("query-migrate", timeout=None)
         status = answer.get("status")
         if status in ("completed", "failed", "cancelled", "postcopy-active"):
             return answer

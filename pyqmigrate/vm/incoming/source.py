@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 __all__ = ["Reading", "RestoreSource", "map_source"]
 
 _WARM = 0.5  # share of the file in the page cache from which direct I/O is slower
-_COLD_CHANNELS = 32  # QEMU has one direct read in flight for each
+# QEMU has one direct read in flight for each, and zeroes the memory for it beforehand: with more of them
+# than the disk serves at once, that is done while the disk works.
+_COLD_CHANNELS = 128
 _WARM_CHANNELS = 4
 
 

@@ -41,7 +41,7 @@ __all__ = ["GREETING_TIMEOUT", "Monitor"]
 
 GREETING_TIMEOUT = 5.0  # seconds; a QEMU whose monitor is free greets at once
 _RETRY = 0.02  # seconds between attempts to connect to a full queue
-_ANSWER_TIMEOUT = 60.0  # seconds; QEMU answers while it migrates, but may wait for a disk
+_ANSWER_TIMEOUT = 60.0  # seconds; QEMU answers while it saves, but may wait for a disk
 
 
 class Monitor:
@@ -122,18 +122,18 @@ class Monitor:
         command: str,
         arguments: Mapping[str, object] | None = None,
         *,
-        timeout: float = _ANSWER_TIMEOUT,
+        timeout: float | None = _ANSWER_TIMEOUT,
     ) -> Any:
         """Run a command and return its result.
 
         Raises QemuRefused when QEMU answers with an error, QemuGone when it hung up, QemuError
-        when there is no answer within ``timeout`` seconds.
+        when there is no answer within ``timeout`` seconds, if that is not None.
         """
         async with self._turn:
             return await self._execute(command, arguments, timeout)
 
     async def _execute(
-        self, command: str, arguments: Mapping[str, object] | None, timeout: float
+        self, command: str, arguments: Mapping[str, object] | None, timeout: float | None
     ) -> Any:
         try:
             async with asyncio.timeout(timeout):
@@ -141,7 +141,7 @@ class Monitor:
         except ExecuteError as error:
             raise QemuRefused(command, str(error), error.error_class) from error
         except (ExecInterruptedError, StateError, OSError, EOFError) as error:
-            if isinstance(error, TimeoutError):
+            if timeout is not None and isinstance(error, TimeoutError):
                 raise QemuError(f"QEMU has not answered {command} within {timeout:g} s") from error
             raise QemuGone(f"QEMU hung up on {command}: it ended, or was killed") from error
 

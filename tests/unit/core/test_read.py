@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -329,3 +330,23 @@ def test_a_direct_read_that_leaves_clear_pages_makes_only_set_pages_present(file
         pagemap.seek(memory.ctypes.data // 4096 * 8)
         words = np.frombuffer(pagemap.read(len(bits) * 8), dtype=np.uint64)
     assert (np.flatnonzero(words >> np.uint64(63)) == [5, 1030]).all()
+
+
+def test_memory_that_becomes_unwritable_after_a_chunk_is_a_fault_in_memory(file: File) -> None:
+    length = 2 * CHUNK
+    bits = np.ones(length // 4096, dtype=bool)
+    file.poison(length)
+    fault = ffi.new("struct qm_fault *")
+    raw = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = np.frombuffer(raw, dtype=np.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert protect(memory.ctypes.data + CHUNK, CHUNK, mmap.PROT_READ) == 0
+    rc = read(
+        Memory(base=memory),
+        new_block(length, 4096, 0),
+        file.core(direct=True),
+        to_words(bits),
+        fault=fault,
+    )
+    assert (rc, fault.in_memory, fault.at) == (-errno.EFAULT, 1, CHUNK)
