@@ -28,7 +28,6 @@ from bench.results import GIB
 from pyqmigrate.io.available_memory import available_memory
 from tests.harness.machine import BINARY
 
-
 _COPIES = 4  # of the guest's memory for saves: shared, two anonymous, libvirt's guest
 
 
