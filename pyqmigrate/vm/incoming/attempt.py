@@ -38,7 +38,7 @@ from pyqmigrate.vm.incoming.saved_machine import SavedMachine, read_saved_machin
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.launch import QemuSession, answered, launch
-from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.qemu.monitor import EndedMonitor, Monitor
 
 if TYPE_CHECKING:
     from pyqmigrate.snapshot.increment import IncrementSnapshot
@@ -144,7 +144,14 @@ class RestoreAttempt:
         """Connect to a guest that was loaded without an event loop, and report; after an error it is
         ended."""
         other_guests = self._start_lookup()
-        async with await self._wait_for_monitor(answered(loaded.qemu)) as qemu:
+        try:
+            session = await answered(loaded.qemu)
+        except QemuError:
+            if loaded.qemu.process.poll() != 0:
+                raise
+            # The guest has run already, and QEMU was asked to end.
+            session = QemuSession(loaded.qemu, EndedMonitor(loaded.version))
+        async with session as qemu:
             qemu.seconds = loaded.start_seconds
             qemu.has_run = True
             return await self._hand_over(

@@ -60,8 +60,8 @@ class LoadedInstant(NamedTuple):
     """A guest that was loaded into ``qemu``, which maps ``mapped``: it runs, if it shall.
 
     ``differences`` are notes on QEMU and the snapshot. ``start_seconds`` is the time until QEMU answered,
-    ``load_seconds`` that of ``migrate-incoming``. ``sealed``, ``stale_pages`` and ``stale_seconds`` are
-    those of the incoming stream.
+    ``load_seconds`` that of ``migrate-incoming``, ``version`` QEMU's. ``sealed``, ``stale_pages`` and
+    ``stale_seconds`` are those of the incoming stream.
     """
 
     source: RestoreSource
@@ -69,6 +69,7 @@ class LoadedInstant(NamedTuple):
     files: RamFiles
     qemu: QemuProcess
     incoming: Incoming
+    version: tuple[int, int, int]
     run_state: str
     differences: tuple[str, ...]
     start_seconds: float
@@ -151,6 +152,7 @@ class InstantStart:
             self._files,
             self._qemu,
             incoming,
+            monitor.version,
             state,
             differences,
             monitor.answered_at - self._qemu.started_at,

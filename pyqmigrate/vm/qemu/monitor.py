@@ -37,7 +37,7 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
         "working with a running QEMU needs the library qemu.qmp: pip install qemu.qmp"
     ) from error
 
-__all__ = ["GREETING_TIMEOUT", "Monitor"]
+__all__ = ["GREETING_TIMEOUT", "EndedMonitor", "Monitor"]
 
 GREETING_TIMEOUT = 5.0  # seconds; a QEMU whose monitor is free greets at once
 _RETRY = 0.02  # seconds between attempts to connect to a full queue
@@ -189,6 +189,25 @@ class Monitor:
             raise ValueError("a fdset has at least one descriptor")
         yield fdset_id
         await self.execute("remove-fd", {"fdset-id": fdset_id})
+
+
+class EndedMonitor(Monitor):
+    """The monitor of a QEMU of ``version`` that ended before there was a session with it."""
+
+    def __init__(self, version: tuple[int, int, int]) -> None:
+        self.version = version
+
+    async def close(self) -> None:
+        pass
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout: float = _ANSWER_TIMEOUT,
+    ) -> Any:
+        raise QemuGone(f"QEMU has ended: it cannot run {command}")
 
 
 def _no_greeting(path: Path, seconds: float) -> QemuError:

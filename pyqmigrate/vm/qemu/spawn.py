@@ -258,7 +258,9 @@ class _ErrorOutput:
                         del self._kept[:-_KEPT]
         finally:
             os.close(self._reader)
-            os.close(self._target)
+            with self._lock:  # a hand-over that comes now writes nowhere
+                os.close(self._target)
+                self._target = -1
 
     def _write(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # without a reader; QEMU goes on
