@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyqmigrate.errors import NotSupported, QemuError, QemuRefused
+from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
 from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest.ramblock import parse_ramblock
@@ -146,10 +146,7 @@ class RestoreAttempt:
         other_guests = self._start_lookup()
         try:
             session = await answered(loaded.qemu)
-        except QemuError:
-            if loaded.qemu.process.poll() != 0:
-                raise
-            # The guest has run already, and QEMU was asked to end.
+        except QemuGone:  # after the guest ran: the restore was complete
             session = QemuSession(loaded.qemu, EndedMonitor(loaded.version))
         async with session as qemu:
             qemu.seconds = loaded.start_seconds

@@ -96,7 +96,10 @@ async def launch(
 
 
 async def answered(started: QemuProcess) -> QemuSession:
-    """Wait until the monitor of a process answers; end the process if it does not."""
+    """Wait until the monitor of a process answers; end the process if it does not.
+
+    Raises QemuError, which is QemuGone if the process has ended by itself.
+    """
     try:
         monitor = await Monitor.over(started.monitor, "of a new QEMU", timeout=_START_TIMEOUT)
     except QemuError as error:
@@ -104,7 +107,7 @@ async def answered(started: QemuProcess) -> QemuSession:
             what = await asyncio.to_thread(started.describe, "QEMU does not start")
         finally:  # also if this task is cancelled while it waits
             await shielded(asyncio.to_thread(started.end))
-        raise QemuError(what) from error
+        raise type(error)(what) from error
     except BaseException:
         await shielded(asyncio.to_thread(started.end))
         raise

@@ -215,6 +215,7 @@ class _ErrorOutput:
     """Standard error of a process: kept at first, later passed on to ``target``."""
 
     def __init__(self, target: Stream) -> None:
+        self._stream = target
         self._target = _descriptor(target)
         self._kept: bytearray | None = bytearray()
         self._lock = threading.Lock()
@@ -240,8 +241,14 @@ class _ErrorOutput:
     def hand_over(self) -> None:
         with self._lock:
             kept, self._kept = self._kept, None
-            if kept:
+            if not kept:
+                return
+            if self._target >= 0:
                 self._write(bytes(kept))
+                return
+            self._target = _descriptor(self._stream)  # the process has ended
+            self._write(bytes(kept))
+            self._close_target()
 
     def join(self, timeout: float = _LAST_WORDS) -> None:
         """Wait until the process has closed it."""
@@ -258,9 +265,12 @@ class _ErrorOutput:
                         del self._kept[:-_KEPT]
         finally:
             os.close(self._reader)
-            with self._lock:  # a hand-over that comes now writes nowhere
-                os.close(self._target)
-                self._target = -1
+            with self._lock:
+                self._close_target()
+
+    def _close_target(self) -> None:
+        os.close(self._target)
+        self._target = -1
 
     def _write(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # without a reader; QEMU goes on
