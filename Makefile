@@ -122,7 +122,7 @@ bench: bench-system $(VENV)/.with-cli,bench
 	@mkdir -p build/bench
 	$(BIN)/python bench/compare --json build/bench/samples.json \
 	    --growth-plot docs/pictures/growth.svg $(BENCH_ARGS)
-	$(BIN)/python -m pytest bench/micro bench/compare/test_growth_chart.py --benchmark-json=build/bench/micro.json $(MICRO_ARGS)
+	$(BIN)/python -m pytest bench/micro bench/test_readme_table.py bench/compare/test_growth_chart.py --benchmark-json=build/bench/micro.json $(MICRO_ARGS)
 
 # README's table and chart, from the last `make bench`.
 readme: $(VENV)/.with-bench

@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,14 +40,14 @@ def test_the_stream_behind_a_header_of_libvirt_is_found(tmp_path: Path, stream: 
 
 
 def test_a_compressed_image_is_a_forward_only_source(tmp_path: Path, stream: bytes) -> None:
-    header = replace(HEADER, format=ImageFormat.GZIP)
+    header = HEADER._replace(format=ImageFormat.GZIP)
     (tmp_path / "image").write_bytes(encode_header(header) + gzip.compress(stream))
     with contextlib.closing(StreamFile.open(tmp_path / "image")) as file:
         assert (file.source.forward, file.offset, file.libvirt) == (True, 0, header)
 
 
 def test_an_unfinished_image_is_refused(tmp_path: Path, stream: bytes) -> None:
-    (tmp_path / "image").write_bytes(encode_header(replace(HEADER, complete=False)) + stream)
+    (tmp_path / "image").write_bytes(encode_header(HEADER._replace(complete=False)) + stream)
     with pytest.raises(SnapshotError, match="did not finish"):
         StreamFile.open(tmp_path / "image")
 
