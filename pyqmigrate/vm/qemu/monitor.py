@@ -205,7 +205,7 @@ class EndedMonitor(Monitor):
         command: str,
         arguments: Mapping[str, object] | None = None,
         *,
-        timeout: float = _ANSWER_TIMEOUT,
+        timeout: float | None = _ANSWER_TIMEOUT,
     ) -> Any:
         raise QemuGone(f"QEMU has ended: it cannot run {command}")
 
