@@ -35,7 +35,7 @@ from pyqmigrate.mount.remembered import RememberedRequests
 from pyqmigrate.mount.restarts import Restarts
 from pyqmigrate.mount.server import Owner
 from pyqmigrate.mount.waits import LongWaits, Wait, waits_of
-from pyqmigrate.mount.worker import GONE, Worker
+from pyqmigrate.mount.worker import GONE, Worker, is_half_ended
 
 __all__ = ["Keeper", "KeeperSettings"]
 
@@ -158,10 +158,14 @@ class Keeper:
         if self._worker is None and now >= self._restarts.start_at:
             self._start_worker()
         limit = _TICK if self._worker is not None else min(_TICK, self._restarts.start_at - now)
-        for fd, event in self._poll.poll(max(limit, 0) * 1000):
+        events = self._poll.poll(max(limit, 0) * 1000)
+        for fd, event in events:
             action = self._actions.get(fd)
             if action is not None:  # None: closed by the action before it
                 action(event)
+        worker = self._worker
+        if not events and worker is not None and self._restarts.is_stuck(is_half_ended(worker.pid)):
+            self._leave_stuck(worker)
         self._tell_long_waits()
 
     def _register(self, fd: int, events: int, action: Callable[[int], None]) -> None:
@@ -242,15 +246,8 @@ class Keeper:
     def _worker_ended(self) -> None:
         worker = self._worker
         assert worker is not None
-        self._hear()
-        self._forget(worker.fileno())
-        self._forget(worker.ended)
-        if self._remembered is not None and worker.requests is not None:
-            self._forget(worker.requests.fileno())
-            self._remembered.disconnect()
+        self._detach(worker)
         status = worker.reap()
-        self._worker = None
-        self._since = self._board.clear()
         if status == GONE:
             self._gone = True
             return
@@ -259,6 +256,32 @@ class Keeper:
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         self._tell(f"worker {worker.pid} ended {how}; another one is started")
         self._restarts.worker_ended(self._board.totals().requests)
+
+    def _leave_stuck(self, worker: Worker) -> None:
+        """Start another worker beside one that was killed and does not end.
+
+        A thread of it that pushes waits, in the kernel, for a page that is locked by a request: until that is
+        answered, by the next worker.
+        """
+        self._detach(worker)
+        self._register(worker.ended, select.POLLIN, lambda _: self._reap_stuck(worker))
+        self._tell(f"worker {worker.pid} was killed and does not end; another one is started")
+        self._restarts.worker_ended(self._board.totals().requests)
+
+    def _reap_stuck(self, worker: Worker) -> None:
+        self._forget(worker.ended)
+        worker.reap()
+
+    def _detach(self, worker: Worker) -> None:
+        """Expect nothing more of it."""
+        self._hear()
+        self._forget(worker.fileno())
+        self._forget(worker.ended)
+        if self._remembered is not None and worker.requests is not None:
+            self._forget(worker.requests.fileno())
+            self._remembered.disconnect()
+        self._worker = None
+        self._since = self._board.clear()
 
     # Requests that the keeper passes on.
 

@@ -29,7 +29,7 @@ from pyqmigrate.mount.nodes import Node, Nodes
 from pyqmigrate.mount.push import PushRange, decode_ranges, push
 from pyqmigrate.mount.server import Owner, Server
 
-__all__ = ["GONE", "Worker"]
+__all__ = ["GONE", "Worker", "is_half_ended"]
 
 GONE = 0  # exit status: the mount is gone
 
@@ -119,6 +119,15 @@ class Worker:
         if self.requests is not None:
             self.requests.close()
         return os.waitstatus_to_exitcode(status)
+
+
+def is_half_ended(pid: int) -> bool:
+    """Return whether the first thread of a process has ended, and the process not, or is not waited for."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+    except OSError:
+        return False
 
 
 class _Work:

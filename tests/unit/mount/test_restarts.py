@@ -36,3 +36,21 @@ def test_worker_that_cannot_be_started_is_put_off_and_not_counted(clock: None) -
     ended = Restarts()
     ended.not_started()
     assert (ended.count, ended.start_at) == (0, 102.0)
+
+
+def test_worker_that_is_still_half_ended_after_a_moment_is_stuck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    looked_at = Restarts()
+    assert not looked_at.is_stuck(True)
+    now = 100.1
+    assert not looked_at.is_stuck(True)
+    assert not looked_at.is_stuck(False)
+    now = 101.0
+    assert not looked_at.is_stuck(True)
+    now = 101.6
+    assert looked_at.is_stuck(True)
+    looked_at.worker_ended(0)
+    assert not looked_at.is_stuck(True)
