@@ -56,12 +56,13 @@ def read_table(page: str) -> dict[str, list[Bar]]:
     return bars
 
 
-def draw(tables: dict[str, list[Bar]]) -> bytes:
-    """Return the chart as an SVG."""
+def draw(tables: dict[str, list[Bar]], size: str) -> bytes:
+    """Return the chart as an SVG. ``size`` is that of the guest, with its unit."""
+    title = f"Seconds to save {size} of guest RAM, to the fsync"
     longest = max(bar.most for bars in tables.values() for bar in bars)
     height = _HEAD + sum(_PANEL_HEAD + _ROW * len(bars) for bars in tables.values()) + _FOOT
-    svg = Svg(_WIDTH, height, "Seconds to save 4 GiB of guest RAM, to the fsync")
-    svg.text(20, 30, "Seconds to save 4 GiB of guest RAM, to the fsync", size=17, bold=True)
+    svg = Svg(_WIDTH, height, title)
+    svg.text(20, 30, title, size=17, bold=True)
     svg.text(
         20,
         50,
@@ -78,8 +79,8 @@ def draw(tables: dict[str, list[Bar]]) -> bytes:
         svg.text(x, end + 16, f"{number * step:g} s", "muted", size=11, anchor="middle")
         number += 1
     y: float = _HEAD
-    for title, bars in tables.items():
-        svg.text(20, y + 22, title, bold=True)
+    for heading, bars in tables.items():
+        svg.text(20, y + 22, heading, bold=True)
         y += _PANEL_HEAD
         for bar in bars:
             ours = bar.name.startswith(OURS)
@@ -103,7 +104,11 @@ def draw(tables: dict[str, list[Bar]]) -> bytes:
 
 def main() -> None:
     picture = Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE
-    picture.write_bytes(draw(read_table((ROOT / "README.md").read_text())))
+    page = (ROOT / "README.md").read_text()
+    size = re.search(r"([\d.]+ [MG]iB) of guest RAM", page)
+    if size is None:
+        raise ValueError("README.md does not say how large the guest is")
+    picture.write_bytes(draw(read_table(page), size[1]))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def _method(run: Mapping[str, Any]) -> Iterator[str]:
         if line and (found := version.search(line))
     ]
     kernel = ".".join(facts["kernel"].split(".")[:2])
-    yield f"Measured in one run, interleaved, medians of {run['repeat']} (what takes over 10 s ran once),"
+    runs = [len(r["samples"]) for r in run["results"] if r["work"] in _COLUMNS]
+    yield f"Measured in one run, interleaved, medians of {min(runs)} to {max(runs)} runs each,"
     yield f"up to and including the fsync: {run['size'] / (1 << 30):g} GiB of guest RAM in a file on tmpfs,"
     yield f"{run['channels']} channels, {facts['filesystem']}, {facts['cores']} cores, Linux {kernel},"
     yield f"{', '.join(programs)} (`make bench`; [method](bench/README.md)):"
