@@ -26,8 +26,8 @@ moved. In mode load the two are merged and streamed to QEMU.
 
 QEMU inherits this command's standard streams and every other open descriptor (-add-fd fd=5, -netdev
 tap,fd=5). The command waits until QEMU ends, and forwards SIGINT, SIGTERM and SIGHUP to it; before
-the report they end it. The report is printed on standard
-error when the guest is restored.
+the restore is complete they end it. The report is printed on standard error when the guest is
+restored.
 
 A saved guest's clocks stop, so its wall clock falls behind. ``--set-time`` sets it by the guest
 agent, whose socket is found in the command line; otherwise a note says how.
@@ -235,6 +235,7 @@ def _prepared_mount(snapshot: str) -> contextlib.AbstractContextManager[object]:
 
 
 def _run_restore(args: argparse.Namespace) -> Outcome:
+    from pyqmigrate.cli.interruption import run_interruptible
     from pyqmigrate.vm.incoming.early_start import start_early
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
     from pyqmigrate.vm.incoming.options import Mode, Push, RestoreOptions
@@ -266,10 +267,8 @@ def _run_restore(args: argparse.Namespace) -> Outcome:
     if options.mode in (Mode.AUTO, Mode.INSTANT, Mode.LAZY):
         early = start_early(args.snapshot, args.command or None, options)
     try:
-        # These imports take long: QEMU starts in the meantime.
-        from pyqmigrate.cli.interruption import run_interruptible
-
-        return run_interruptible(_restore(args, options, early))
+        forward = None if early is None else early.signal_guest
+        return run_interruptible(_restore(args, options, early), forward)
     except KeyboardInterrupt:
         if early is not None:  # the event loop had not taken it over yet
             early.end()

@@ -7,9 +7,10 @@ when the guest runs. So is, while QEMU starts, what loads the snapshot.
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import TargetError, UsageError
@@ -150,6 +151,18 @@ class EarlyRestore(NamedTuple):
     notes: tuple[str, ...]
     chosen: ChosenCommand
 
+    @property
+    def signal_guest(self) -> Callable[[int], None] | None:
+        """What sends a signal to QEMU, if its guest has been loaded and may run: it is no longer to be ended
+        as if it had not."""
+        from pyqmigrate.vm.incoming.instant_start import LoadedInstant
+
+        return (
+            self.started.qemu.process.send_signal
+            if isinstance(self.started, LoadedInstant)
+            else None
+        )
+
     def end(self) -> None:
         """End QEMU and remove its overlays. Can be called again."""
         self.started.end()
@@ -165,7 +178,8 @@ def start_early(
 
     Returns None if QEMU could not be started, for any reason: the restore that follows meets it again
     and reports it, or loads. Raises what an instant restore raises once QEMU has started, which has ended
-    then. If the wait is interrupted, QEMU is ended.
+    then. If the wait is interrupted, QEMU is ended; one whose guest may have run is only told to end, and
+    returned.
     """
     keeper = _forked_keeper(snapshot) if options.mode is Mode.LAZY else None
     if options.mode is Mode.LAZY and keeper is None:
@@ -182,9 +196,13 @@ def start_early(
     except BaseException:
         start.abandon()
         start.ended.wait()
-        if start.result is not None:
-            start.result.end()
-        raise
+        result = start.result
+        signal_guest = None if result is None else result.signal_guest
+        if signal_guest is None:
+            if result is not None:
+                result.end()
+            raise
+        signal_guest(signal.SIGTERM)
     if start.failure is not None:
         raise start.failure
     return start.result
