@@ -249,7 +249,9 @@ def test_command_restores_an_increment(saved: Saved) -> None:
 
 def test_qemu_of_an_increment_starts_before_the_event_loop(saved: Saved) -> None:
     options = RestoreOptions(mode=Mode.INSTANT, stdin=subprocess.DEVNULL)
-    early = start_early(str(saved.path), saved.command(), options)
+    start = start_early(str(saved.path), saved.command(), options)
+    assert start is not None
+    early = start.result()
     assert early is not None
     early.end()
 

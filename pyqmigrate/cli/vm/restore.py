@@ -235,7 +235,7 @@ def _prepared_mount(snapshot: str) -> contextlib.AbstractContextManager[object]:
 
 
 def _run_restore(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.cli.interruption import run_interruptible
+    from pyqmigrate.cli.interruption import held_signals, run_interruptible
     from pyqmigrate.vm.incoming.early_start import start_early
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
     from pyqmigrate.vm.incoming.options import Mode, Push, RestoreOptions
@@ -263,16 +263,24 @@ def _run_restore(args: argparse.Namespace) -> Outcome:
         push=Push(args.push),
         huge_pages=args.huge_pages,
     )
-    early = None
-    if options.mode in (Mode.AUTO, Mode.INSTANT, Mode.LAZY):
-        early = start_early(args.snapshot, args.command or None, options)
-    try:
-        forward = None if early is None else early.signal_guest
-        return run_interruptible(_restore(args, options, early), forward)
-    except KeyboardInterrupt:
-        if early is not None:  # the event loop had not taken it over yet
-            early.end()
-        raise
+    if options.mode not in (Mode.AUTO, Mode.INSTANT, Mode.LAZY):
+        return run_interruptible(_restore(args, options, None))
+    with held_signals() as held:
+        start = start_early(args.snapshot, args.command or None, options)
+        if start is not None:
+            held.react = start.signal
+            for number in tuple(held.received):
+                start.signal(number)
+        elif held.received:
+            raise KeyboardInterrupt
+        early = None if start is None else start.result()
+        try:
+            forward = None if early is None else early.signal_guest
+            return run_interruptible(_restore(args, options, early), held, forward)
+        except KeyboardInterrupt:
+            if early is not None:  # the event loop had not taken it over yet
+                early.end()
+            raise
 
 
 async def _restore(

@@ -7,7 +7,6 @@ when the guest runs. So is, while QEMU starts, what loads the snapshot.
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -172,45 +171,28 @@ class EarlyRestore(NamedTuple):
 
 def start_early(
     snapshot: Target, command: Sequence[str] | None, options: RestoreOptions
-) -> EarlyRestore | None:
+) -> EarlyStart | None:
     """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`. Not for a
     process with threads: a lazy one forks.
 
-    Returns None if QEMU could not be started, for any reason: the restore that follows meets it again
-    and reports it, or loads. Raises what an instant restore raises once QEMU has started, which has ended
-    then. If the wait is interrupted, QEMU is ended; one whose guest may have run is only told to end, and
-    returned.
+    Returns None if it cannot begin, for any reason: the restore that follows meets it again and reports it,
+    or loads.
     """
     keeper = _forked_keeper(snapshot) if options.mode is Mode.LAZY else None
     if options.mode is Mode.LAZY and keeper is None:
         return None
-    start = _EarlyStart(snapshot, command, options, keeper)
+    start = EarlyStart(snapshot, command, options, keeper)
     # In a thread: a signal handler cannot raise between fork and bookkeeping.
     thread = threading.Thread(target=start.run, name="pyqmigrate-start")
     try:
         start_thread(thread)
     except TargetError:  # likewise
         return None
-    try:
-        start.ended.wait()  # Thread.join() of Python 3.11 cannot be called again once it was interrupted
-    except BaseException:
-        start.abandon()
-        start.ended.wait()
-        result = start.result
-        signal_guest = None if result is None else result.signal_guest
-        if signal_guest is None:
-            if result is not None:
-                result.end()
-            raise
-        signal_guest(signal.SIGTERM)
-    if start.failure is not None:
-        raise start.failure
-    return start.result
+    return start
 
 
-class _EarlyStart:
-    """A start in a thread of its own. When it has ``ended`` there is its ``result``, or the ``failure`` of a
-    QEMU that had started, or neither."""
+class EarlyStart:
+    """A start in a thread of its own (:meth:`run`)."""
 
     def __init__(
         self,
@@ -222,27 +204,58 @@ class _EarlyStart:
         self._snapshot, self._words, self._options = snapshot, words, options
         self._keeper = keeper
         self._loading: InstantStart | None = None
-        self._abandoned = False
-        self.ended = threading.Event()
-        self.result: EarlyRestore | None = None
-        self.failure: Exception | None = None
+        self._signals: list[int] = []
+        self._ended = threading.Event()
+        self._result: EarlyRestore | None = None
+        self._failure: Exception | None = None
 
-    def abandon(self) -> None:
-        """Have :meth:`run`, in another thread, fail soon, unless the guest may have run."""
-        self._abandoned = True
+    def signal(self, number: int) -> None:
+        """Take a signal that ends the restore: for a signal handler of the thread that calls :meth:`result`.
+
+        QEMU is ended, soon, or has the signal if its guest may have run.
+        """
+        self._signals.append(number)
         if self._loading is not None:
             self._loading.abandon()
+        if self._ended.is_set():
+            self._pass_on(number)
+
+    def result(self) -> EarlyRestore | None:
+        """Wait for the end of the start.
+
+        Returns None if QEMU could not be started, as :func:`start_early` does. Raises what an instant restore
+        raises once QEMU has started, which has ended then; and KeyboardInterrupt after a :meth:`signal`, unless
+        the guest may have run.
+        """
+        self._ended.wait()
+        for number in self._signals:
+            self._pass_on(number)
+        if self._signals and not self._is_loaded:
+            if self._result is not None:
+                self._result.end()
+            raise KeyboardInterrupt
+        if self._failure is not None:
+            raise self._failure
+        return self._result
+
+    @property
+    def _is_loaded(self) -> bool:
+        return self._result is not None and self._result.signal_guest is not None
+
+    def _pass_on(self, number: int) -> None:
+        if self._result is not None and self._result.signal_guest is not None:
+            self._result.signal_guest(number)
 
     def run(self) -> None:
         try:
             if self._keeper is None:
-                self.result = self._start()
+                self._result = self._start()
             else:
-                self.result = _start_lazy(self._snapshot, self._words, self._options, self._keeper)
+                self._result = _start_lazy(self._snapshot, self._words, self._options, self._keeper)
         except Exception:  # the restore that follows meets it again, unless it is the failure
             return
         finally:
-            self.ended.set()
+            self._ended.set()
 
     def _start(self) -> EarlyRestore:
         source = RestoreSource(
@@ -285,14 +298,14 @@ class _EarlyStart:
                 )
                 undo.pop_all()
             self._loading = loading
-            if self._abandoned:
+            if self._signals:
                 loading.abandon()
             try:
                 return loading.run()
             except NotStarted:
                 raise
             except Exception as error:
-                self.failure = error
+                self._failure = error
                 raise
 
 

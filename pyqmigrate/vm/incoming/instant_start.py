@@ -101,7 +101,7 @@ class InstantStart:
         self._source, self._mapped, self._files, self._qemu = source, mapped, files, qemu
         self._connection, self._saved, self._options = monitor, saved, options
         self._stream = _stream_of(source, mapped)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may interrupt another in abandon()
         self._abandoned = self._may_run = False
 
     def abandon(self) -> None:
