@@ -12,6 +12,7 @@ import pytest
 
 import pyqmigrate.vm.incoming.attempt
 import pyqmigrate.vm.incoming.early_start
+import pyqmigrate.vm.incoming.loading
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.qcow2 import encode_overlay
@@ -166,7 +167,7 @@ def test_guest_that_hangs_in_inmigrate_is_an_error_with_qemus_lines(
         "read_saved_machine",
         lambda snapshot: read(snapshot)._replace(run_state=None),
     )
-    monkeypatch.setattr(pyqmigrate.vm.incoming.attempt, "_STATE_TIMEOUT", 0.5)
+    monkeypatch.setattr(pyqmigrate.vm.incoming.loading, "_STATE_TIMEOUT", 0.5)
     error = attempt(original, original.command())
     assert type(error) is QemuError
     assert "'inmigrate'" in str(error)

@@ -298,9 +298,7 @@ def test_signal_during_the_load_leaves_no_qemu(
     saved: Saved, mode: str, number: signal.Signals
 ) -> None:
     mark = f"signal-{mode}-{int(number)}"
-    # An instant restore of the command loads without an event loop.
-    place = "instant_start" if mode == "instant" else "load"
-    function = [f"pyqmigrate.vm.incoming.{place}", "_wait", str(int(number))]
+    function = ["pyqmigrate.vm.incoming.loading", "_wait", str(int(number))]
     verb = ["vm", "restore", "--mode", mode, str(saved.path), "--", *saved.command()]
     done = subprocess.run(
         [sys.executable, "-c", AT, *function, *verb, "-name", mark],

@@ -28,6 +28,7 @@ from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.instant_start import LoadedInstant, NotStarted, explained
 from pyqmigrate.vm.incoming.load import take_in
+from pyqmigrate.vm.incoming.loading import LoadFailed, settle
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.prefetch import PrefetchState
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
@@ -38,7 +39,7 @@ from pyqmigrate.vm.incoming.saved_machine import SavedMachine, read_saved_machin
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.launch import QemuSession, answered, launch
-from pyqmigrate.vm.qemu.monitor import EndedMonitor, Monitor
+from pyqmigrate.vm.qemu.monitor import EndedMonitor
 
 if TYPE_CHECKING:
     from pyqmigrate.snapshot.increment import IncrementSnapshot
@@ -52,7 +53,6 @@ __all__ = ["RestoreAttempt"]
 _ABOUT_MEMORY = (
     r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev"
 )
-_STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state of the stream
 
 
 _SEALED = "the snapshot is sealed: its clear pages are zeros in the file and were not scanned"
@@ -427,31 +427,14 @@ class RestoreAttempt:
 
         Raises QemuError if QEMU cannot resume it: it stays in ``inmigrate``, or refuses.
         """
-        deadline = time.monotonic() + _STATE_TIMEOUT
-        while (state := await _run_state(qemu.monitor)) == "inmigrate":
-            if time.monotonic() > deadline:
-                raise QemuError(
-                    await qemu.described(
-                        "QEMU loaded the snapshot but cannot resume the guest: it stays in 'inmigrate'"
-                    )
-                )
-            await asyncio.sleep(0.001)
-        if not self._shall_run(state):
-            return state
-        qemu.has_run = True
+
+        def before_it_runs() -> None:
+            qemu.has_run = True
+
         try:
-            await qemu.monitor.execute("cont")
-        except QemuRefused as error:
-            raise QemuError(
-                await qemu.described(
-                    f"QEMU loaded the snapshot but cannot resume the guest: {error.desc}"
-                )
-            ) from error
-        return await _run_state(qemu.monitor)
+            return await settle(qemu.monitor, self._shall_run, before_it_runs)
+        except LoadFailed as error:
+            raise QemuError(await qemu.described(str(error))) from error
 
     def _shall_run(self, state: str) -> bool:
         return shall_resume(state, self.saved, self.options, self.source.was_running)
-
-
-async def _run_state(monitor: Monitor) -> str:
-    return str((await monitor.execute("query-status"))["status"])

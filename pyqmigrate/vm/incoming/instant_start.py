@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
+from pyqmigrate.errors import QemuError, QemuGone
 from pyqmigrate.vm.incoming.compatibility import (
     compare_blocks,
     compare_devices,
@@ -29,6 +28,7 @@ from pyqmigrate.vm.incoming.incoming_settings import (
     settings_of,
 )
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
+from pyqmigrate.vm.incoming.loading import LoadFailed, load_stream, settle
 from pyqmigrate.vm.incoming.run_state import resumes_here, shall_resume
 from pyqmigrate.vm.incoming.saved_machine import SavedMachine
 from pyqmigrate.vm.qemu.blocking_monitor import BlockingMonitor
@@ -44,12 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InstantStart", "LoadedInstant", "NotStarted", "explained"]
 
-_FIRST_POLL = 0.0005  # seconds; doubled up to the last
-_LAST_POLL = 0.05
-_STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state of the stream
 _PATIENCE = 0.15  # seconds for a QEMU whose guest has not run
-_REFUSES = "QEMU loaded the snapshot but cannot resume the guest"
-_STAYS = f"{_REFUSES}: it stays in 'inmigrate'"
 
 
 class NotStarted(QemuError):
@@ -197,33 +192,24 @@ class InstantStart:
         uri = f"file:/dev/fdset/{fdset['fdset-id']}{where}"
         if not resumes_here(self._saved, self._options):
             self._begin_to_run()
-        started = time.monotonic()
         try:
-            run_blocking(monitor.execute("migrate-incoming", {"uri": uri, "exit-on-error": False}))
-            _wait(self._qemu, monitor)
-        except (QemuGone, QemuRefused):
-            raise
-        except QemuError as error:
-            raise explained(error, differences) from error
-        seconds = time.monotonic() - started
+            seconds = run_blocking(load_stream(monitor, uri))
+        except LoadFailed as error:
+            failed = QemuError(self._qemu.describe(str(error)))
+            raise explained(failed, differences) from error
         run_blocking(monitor.execute("remove-fd", {"fdset-id": fdset["fdset-id"]}))
         return incoming, seconds
 
     def _settle(self, monitor: BlockingMonitor) -> str:
         """Wait for the run state, resume the guest if it shall run, and return the state."""
-        deadline = time.monotonic() + _STATE_TIMEOUT
-        while (state := _run_state(monitor)) == "inmigrate":
-            if time.monotonic() > deadline:
-                raise QemuError(self._qemu.describe(_STAYS))
-            time.sleep(0.001)
-        if not shall_resume(state, self._saved, self._options, self._source.was_running):
-            return state
-        self._begin_to_run()
+
+        def shall_run(state: str) -> bool:
+            return shall_resume(state, self._saved, self._options, self._source.was_running)
+
         try:
-            run_blocking(monitor.execute("cont"))
-        except QemuRefused as error:
-            raise QemuError(self._qemu.describe(f"{_REFUSES}: {error.desc}")) from error
-        return _run_state(monitor)
+            return run_blocking(settle(monitor, shall_run, self._begin_to_run))
+        except LoadFailed as error:
+            raise QemuError(self._qemu.describe(str(error))) from error
 
     def _begin_to_run(self) -> None:
         with self._lock:
@@ -239,25 +225,6 @@ def _stream_of(source: RestoreSource, mapped: Mapped) -> IncomingStream:
     from pyqmigrate.vm.incoming.increment_stream import IncrementStream
 
     return IncrementStream(source.increment, mapped.blocks, sealed=sealed)
-
-
-def _wait(qemu: QemuProcess, monitor: BlockingMonitor) -> None:
-    """Wait until the load has ended. Raises QemuError if it failed."""
-    pause = _FIRST_POLL
-    while True:
-        answer = run_blocking(monitor.execute("query-migrate"))
-        status = answer.get("status")
-        if status == "completed":
-            return
-        if status in ("failed", "cancelled"):
-            reason = answer.get("error-desc", status)
-            raise QemuError(qemu.describe(f"QEMU failed to load the snapshot: {reason}"))
-        time.sleep(pause)
-        pause = min(2 * pause, _LAST_POLL)
-
-
-def _run_state(monitor: BlockingMonitor) -> str:
-    return str(run_blocking(monitor.execute("query-status"))["status"])
 
 
 def explained(error: QemuError, differences: Sequence[str]) -> QemuError:

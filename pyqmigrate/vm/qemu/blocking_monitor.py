@@ -32,7 +32,6 @@ class BlockingMonitor:
     (``time.monotonic``), None before."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(_TIMEOUT)
         self._connection = connection
         self._received = bytearray()
         self._number = 0
@@ -57,7 +56,13 @@ class BlockingMonitor:
         if fds or key not in self._asked:
             self._asked[key] = self._send(command, arguments, fds)
 
-    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout: float | None = _TIMEOUT,
+    ) -> Any:
         """Run a command, unless it was asked before, and return its result. Blocks.
 
         Raises QemuRefused when QEMU answers with an error, QemuGone when it hung up, QemuError when
@@ -66,7 +71,11 @@ class BlockingMonitor:
         number = self._asked.get(_key(command, arguments))
         if number is None:
             number = self._send(command, arguments)
-        return self._result(number, command)
+        return self._result(number, command, timeout)
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
 
     async def hmp(self, line: str) -> str:
         """Run ``line`` in the human monitor and return its output. Blocks."""
@@ -84,6 +93,7 @@ class BlockingMonitor:
         if arguments:
             request["arguments"] = dict(arguments)
         line = json.dumps(request, separators=(",", ":")).encode() + b"\n"
+        self._connection.settimeout(_TIMEOUT)
         try:
             sent = socket.send_fds(self._connection, [line], list(fds)) if fds else 0
             self._connection.sendall(line[sent:], socket.MSG_NOSIGNAL)
@@ -93,7 +103,8 @@ class BlockingMonitor:
             raise QemuGone(f"QEMU hung up on {command}: it ended, or was killed") from error
         return self._number
 
-    def _result(self, number: int, command: str) -> Any:
+    def _result(self, number: int, command: str, timeout: float | None = _TIMEOUT) -> Any:
+        self._connection.settimeout(timeout)
         while number not in self._replies:
             self._receive(command)
         reply = self._replies[number]

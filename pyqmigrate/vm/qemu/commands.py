@@ -16,8 +16,21 @@ class Commands(Protocol):
     @property
     def version(self) -> tuple[int, int, int]: ...
 
-    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run a command and return its result. Raises QemuRefused, QemuGone."""
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout: float | None = ...,
+    ) -> Any:
+        """Run a command and return its result, which takes ``timeout`` seconds at most, or any time (None).
+
+        Raises QemuRefused, QemuGone, and QemuError when there is no answer in time.
+        """
+        ...
+
+    async def pause(self, seconds: float) -> None:
+        """Wait."""
         ...
 
     async def hmp(self, line: str) -> str:

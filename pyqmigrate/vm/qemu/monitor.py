@@ -145,6 +145,10 @@ class Monitor:
                 raise QemuError(f"QEMU has not answered {command} within {timeout:g} s") from error
             raise QemuGone(f"QEMU hung up on {command}: it ended, or was killed") from error
 
+    async def pause(self, seconds: float) -> None:
+        """Let the event loop do other work for this long."""
+        await asyncio.sleep(seconds)
+
     def listener(self, names: Collection[str]) -> contextlib.AbstractContextManager[EventListener]:
         """Return a queue of the events with these names, filled until the context ends."""
         return self._client.listener(names)
