@@ -11,14 +11,14 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.plain_file import PlainFile, views_of
 from pyqmigrate.log import logger
 from pyqmigrate.mount.board import Board
-from pyqmigrate.mount.connection import DeviceConnection
+from pyqmigrate.mount.connection import Body, DeviceConnection
 from pyqmigrate.mount.nodes import Node, Nodes
 
 __all__ = ["PushRange", "decode_ranges", "encode_ranges", "push", "ranges_of"]
@@ -26,6 +26,7 @@ __all__ = ["PushRange", "decode_ranges", "encode_ranges", "push", "ranges_of"]
 _CHUNK = 1 << 20  # bytes that go in one message
 _PAGE = 4096
 _KNOWN_LIMIT = 60.0  # seconds until the kernel knows a node; otherwise it takes nothing
+_MADE_LIMIT = 1.0  # seconds until the kernel has made a node of which it was told
 _POLL = 0.0005
 _PAUSE_MAX = 0.05  # seconds: a store that is always read from gets its working set all the same
 
@@ -122,6 +123,7 @@ class _Pusher:
     ) -> None:
         self._connection, self._nodes, self._board = connection, nodes, board
         self._ready = ready
+        self._is_made = ready is None
         self._lock = threading.Lock()
         self.taken = 0
 
@@ -153,10 +155,20 @@ class _Pusher:
             self._ready.set()  # nobody looks it up: the others need not wait as long
         _give_way(self._board)
         data = views_of(file, piece.offset, piece.length)
-        taken = self._connection.store(piece.node, piece.offset, data)
+        taken = self._offer(piece, data)
         with self._lock:
             self.taken += piece.length if taken else 0
             self._board.pushed += 1
+
+    def _offer(self, piece: PushRange, data: Sequence[Body]) -> bool:
+        """Return whether the kernel takes a piece. It makes a node only after it was told of it."""
+        until = time.monotonic() + _MADE_LIMIT
+        while not (taken := self._connection.store(piece.node, piece.offset, data)):
+            if self._is_made or time.monotonic() > until:
+                break
+            time.sleep(_POLL)
+        self._is_made = True
+        return taken
 
 
 def _give_way(board: Board) -> None:
