@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["GIB", "MIB", "OURS", "QEMU", "FIO", "LIBVIRT", "Results", "Sample", "Verdict", "table"]
+__all__ = [
+    "GIB",
+    "MIB",
+    "OURS",
+    "QEMU",
+    "FIO",
+    "LIBVIRT",
+    "Results",
+    "Sample",
+    "Verdict",
+    "table",
+    "verdict_table",
+]
 
 MIB, GIB = 1 << 20, 1 << 30
 OURS, QEMU, FIO, LIBVIRT = "pyqmigrate", "qemu", "fio", "libvirt"
@@ -119,3 +131,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """What was measured against each target."""
+    rows = [
+        [
+            v.work,
+            f"{v.measured:.3g}{v.unit and ' ' + v.unit}",
+            f"{'>=' if v.at_least else '<='} {v.limit:g}{v.unit and ' ' + v.unit}",
+            "reached" if v.reached else "MISSED",
+            v.detail,
+        ]
+        for v in verdicts
+    ]
+    return table(["target", "measured", "wanted", "", "from"], rows)

@@ -18,7 +18,7 @@ from bench.compare.messages import say
 from bench.compare.picture import draw
 from bench.compare.verdicts import verdicts
 from bench.disk import Disk
-from bench.results import GIB, table
+from bench.results import GIB, table, verdict_table
 from tests.harness.machine import BINARY
 
 __all__ = ["machine_facts", "report"]
@@ -54,17 +54,7 @@ def report(bench: Bench, facts: dict[str, Any], options: argparse.Namespace) -> 
     head = ["work", "side", "who", "median s", "range s", "runs", "processor s"]
     print(table(head, results.lines()), end="\n\n")
     found = verdicts(results)
-    rows = [
-        [
-            v.work,
-            f"{v.measured:.3g}{v.unit and ' ' + v.unit}",
-            f"{'>=' if v.at_least else '<='} {v.limit:g}{v.unit and ' ' + v.unit}",
-            "reached" if v.reached else "MISSED",
-            v.detail,
-        ]
-        for v in found
-    ]
-    print(table(["target", "measured", "wanted", "", "from"], rows))
+    print(verdict_table(found))
     if bench.disk.restless:
         print(f"\nthe disk did not become quiet before {bench.disk.restless} of the runs")
     if options.json:

@@ -20,7 +20,7 @@ import pytest
 
 from bench.disk import Disk
 from bench.micro.conftest import ROOT
-from bench.results import Verdict, table
+from bench.results import Verdict, verdict_table
 from pyqmigrate import Descriptors, FileMemory, RamBlock, save
 from pyqmigrate.format.uri import parse_size
 from tests.harness.contents import Contents, fill
@@ -178,18 +178,8 @@ def report(
 ) -> None:
     """Prints what was measured against its target, and keeps it with the benchmark."""
     benchmark.extra_info.update(facts, load=os.getloadavg()[0])
-    rows = [
-        [
-            v.work,
-            f"{v.measured:.3f}{v.unit}",
-            f"{v.limit:g}",
-            "yes" if v.reached else "NO",
-            v.detail,
-        ]
-        for v in verdicts
-    ]
     with capsys.disabled():
-        print("\n" + table(["work", "measured", "target", "reached", "detail"], rows))
+        print("\n" + verdict_table(verdicts))
 
 
 def spread(seconds: list[float]) -> str:
