@@ -40,7 +40,7 @@ def check_room(directory: Path, size: int, parts: Collection[str]) -> str | None
         return f"/dev/shm has {free / GIB:.1f} GiB free, {need / GIB:.1f} GiB are needed"
     need = _COPIES * size if "saves" in parts else 0
     if (free := available_memory() or need) < need:
-        return f"{free / GIB:.1f} GiB of memory are available, saves need {need / GIB:.1f} GiB"
+        return f"{free / GIB:.1f} GiB of memory are available, saves need {need / GIB:.1f} GiB: choose a smaller --size"
     return None
 
 
