@@ -67,6 +67,11 @@ class Results:
     def add(self, work: str, side: str, name: str, sample: Sample) -> None:
         self.expect(work, side, name).append(sample)
 
+    def drop_expected(self) -> None:
+        """Forget who was announced and not measured."""
+        for work, runs in list(self.samples.items()):
+            self.samples[work] = {who: samples for who, samples in runs.items() if samples}
+
     def names(self, work: str, side: str) -> list[str]:
         """Who of ``side`` did ``work``."""
         return [name for s, name in self.samples.get(work, {}) if s == side]

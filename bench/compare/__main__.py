@@ -63,8 +63,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="compare-", dir=options.dir) as name:
         bench = Bench(options, Disk(Path(name)))
         facts = machine_facts(bench.disk)
-        bench.run(options.only)
-    report(bench, facts, options)
+        try:
+            bench.run(options.only)
+        finally:  # what was measured before a failure is kept
+            report(bench, facts, options)
     return 0
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from bench.results import OURS, Results, Sample
 from bench.vector_read import vector_read
 from pyqmigrate import _core
 
-__all__ = ["PYTHON_WORK", "core_seconds", "measure_scan", "save_with_core_clock"]
+__all__ = ["PYTHON_WORK", "measure_scan", "save_with_core_clock"]
 
 PYTHON_WORK = "python's share"
 PAGE = 4096
 PIECE = 1 << 20
+_CHANNEL = re.compile(r"pyqmigrate-save-\d+")  # the names of a save's channels' threads
 
 
 def measure_scan(length: int, repeat: int, results: Results) -> None:
@@ -52,12 +55,11 @@ class _TimedLib:
     """The core, with a clock on the processor time that each thread spends inside it."""
 
     def __init__(self, lib: Any) -> None:
-        self._lib = lib
-        self._lock = threading.Lock()
-        self.seconds = 0.0
+        self.lib = lib
+        self.seconds: Counter[int] = Counter()  # by the thread's identifier
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(self._lib, name)
+        function = getattr(self.lib, name)
         if not callable(function):
             return function
 
@@ -66,31 +68,51 @@ class _TimedLib:
             try:
                 return function(*arguments)
             finally:
-                spent = time.thread_time() - start
-                with self._lock:
-                    self.seconds += spent
+                self.seconds[threading.get_ident()] += time.thread_time() - start
 
         setattr(self, name, timed)
         return timed
 
 
 @contextlib.contextmanager
-def core_seconds() -> Iterator[_TimedLib]:
+def _core_clock() -> Iterator[_TimedLib]:
     """While it lasts, ``seconds`` of what it gives counts the processor time inside the core."""
     timed = _TimedLib(_core.lib)
     _core.lib = timed  # type: ignore[assignment]
     try:
         yield timed
     finally:
-        _core.lib = timed._lib
+        _core.lib = timed.lib
+
+
+@contextlib.contextmanager
+def _python_of_threads(core: _TimedLib) -> Iterator[Counter[str]]:
+    """While it lasts, what it gives counts the processor time outside the core, by name, of threads that end."""
+    spent: Counter[str] = Counter()
+    run = threading.Thread.run
+
+    def timed(thread: threading.Thread) -> None:
+        core.seconds[threading.get_ident()] = 0.0  # identifiers are used again
+        try:
+            run(thread)
+        finally:
+            spent[thread.name] += time.thread_time() - core.seconds[threading.get_ident()]
+
+    threading.Thread.run = timed  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        threading.Thread.run = run  # type: ignore[method-assign]
 
 
 def save_with_core_clock(path: Path, memory: Any, channels: int) -> Sample:
-    """One save. The fact ``python_seconds`` is the processor time of the process that was not
-    spent in the core: the interpreter, and the system calls that it makes itself (the fsync among
-    them), so rather more than Python's own."""
-    with core_seconds() as core:
-        cpu, start = time.process_time(), time.perf_counter()
+    """One save. The fact ``python_seconds`` is the processor time of its threads outside the core: the interpreter, and
+    the system calls that it makes itself (the fsync among them). ``fixed_seconds`` is the same without the channels'
+    threads, so it does not grow with the memory."""
+    with _core_clock() as core, _python_of_threads(core) as ended:
+        cpu, own, start = time.process_time(), time.thread_time(), time.perf_counter()
         pyqmigrate.save(path, [pyqmigrate.RamBlock("pc.ram", memory)], channels=channels)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return Sample(seconds, cpu, {"python_seconds": cpu - core.seconds})
+        own = time.thread_time() - own - core.seconds[threading.get_ident()]
+    fixed = own + sum(spent for name, spent in ended.items() if not _CHANNEL.fullmatch(name))
+    return Sample(seconds, cpu, {"python_seconds": own + ended.total(), "fixed_seconds": fixed})

@@ -50,6 +50,7 @@ def _version(program: str) -> str | None:
 
 def report(bench: Bench, facts: dict[str, Any], options: argparse.Namespace) -> None:
     results = bench.results
+    results.drop_expected()
     print(", ".join(f"{key} {value}" for key, value in facts.items()), end="\n\n")
     head = ["work", "side", "who", "median s", "range s", "runs", "processor s"]
     print(table(head, results.lines()), end="\n\n")
