@@ -51,28 +51,27 @@ def _version(program: str) -> str | None:
 def report(bench: Bench, facts: dict[str, Any], options: argparse.Namespace) -> None:
     results = bench.results
     results.drop_expected()
+    data = {
+        "machine": facts,
+        "size": bench.size,
+        "channels": bench.channels,
+        "repeat": bench.repeat,
+        "restless": bench.disk.restless,
+        "results": results.as_json(),
+    }
+    # Before the targets: where a run was cut off, the peer of one may be missing.
+    if options.json:
+        options.json.write_text(json.dumps(data, indent=1))
     print(", ".join(f"{key} {value}" for key, value in facts.items()), end="\n\n")
     head = ["work", "side", "who", "median s", "range s", "runs", "processor s"]
-    print(table(head, results.lines()), end="\n\n")
+    print(table(head, results.lines()), end="\n\n", flush=True)
     found = verdicts(results)
     print(verdict_table(found))
     if bench.disk.restless:
         print(f"\nthe disk did not become quiet before {bench.disk.restless} of the runs")
     if options.json:
-        options.json.write_text(
-            json.dumps(
-                {
-                    "machine": facts,
-                    "size": bench.size,
-                    "channels": bench.channels,
-                    "repeat": bench.repeat,
-                    "restless": bench.disk.restless,
-                    "results": results.as_json(),
-                    "targets": [{**vars(v), "reached": v.reached} for v in found],
-                },
-                indent=1,
-            )
-        )
+        targets = [{**vars(verdict), "reached": verdict.reached} for verdict in found]
+        options.json.write_text(json.dumps(data | {"targets": targets}, indent=1))
     if options.growth_plot and not draw_growth(results, options.growth_plot):
         say("growth was not measured, so there is nothing to draw")
     if options.plot:
