@@ -62,6 +62,7 @@ lint: $(VENV)/.with-dev
 TYPED := build/types
 types: $(VENV)/.with-dev
 	$(BIN)/mypy --strict
+	$(BIN)/mypy --strict -p bench
 	$(BIN)/basedpyright
 	rm -rf $(TYPED)
 	mkdir -p $(TYPED)/program

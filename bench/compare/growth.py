@@ -131,7 +131,7 @@ def _panel(svg: Svg, left: int, title: str, curves: dict[str, list[tuple[int, fl
         label = "1 TiB" if gib == 1024 else f"{gib} GiB"
         svg.text(left + 70 * k, 258, label, "muted", size=11, anchor="middle")
     for name, points in curves.items():
-        places = [(left + 70 * k, 240 - value * scale) for k, value in points]
+        places = [(left + 70.0 * k, 240 - value * scale) for k, value in points]
         if len(places) > 1:
             svg.line(places, STEPS[name], width=2)
         for (x, y), (_, value) in zip(places, points, strict=True):

@@ -112,7 +112,7 @@ def _remote_byte(place: Path, disk: Disk, bios: Path, add_sample: Add) -> None:
                 add_sample(work, OURS, REMOTE, Sample(seconds))
 
 
-def _workload(place: Path, disk: Disk, _: Path, add_sample: Add) -> None:
+def _workload(place: Path, disk: Disk, _bios: Path, add_sample: Add) -> None:
     """The walk of a guest over its working set: first with what the server chooses, then as recorded."""
     guest = WalkingGuest(place, _WALKED, cluster=16, spread=2048)
     guest.save()
@@ -178,7 +178,7 @@ def _processor_seconds(pid: int) -> float:
     return sum(map(int, fields[11:13])) / _TICKS
 
 
-def _faults(place: Path, disk: Disk, _: Path, add_sample: Add) -> None:
+def _faults(place: Path, disk: Disk, _bios: Path, add_sample: Add) -> None:
     """The mean latency of a fault, by the counter of a newer QEMU."""
     newer = newer_qemu()
     if not newer.exists():

@@ -7,7 +7,7 @@ import mmap
 import re
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class _TimedLib:
 
     def __init__(self, lib: Any) -> None:
         self.lib = lib
-        self.seconds: Counter[int] = Counter()  # by the thread's identifier
+        self.seconds: defaultdict[int, float] = defaultdict(float)  # by the thread's identifier
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.lib, name)
@@ -86,9 +86,9 @@ def _core_clock() -> Iterator[_TimedLib]:
 
 
 @contextlib.contextmanager
-def _python_of_threads(core: _TimedLib) -> Iterator[Counter[str]]:
+def _python_of_threads(core: _TimedLib) -> Iterator[dict[str, float]]:
     """While it lasts, what it gives counts the processor time outside the core, by name, of threads that end."""
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     run = threading.Thread.run
 
     def timed(thread: threading.Thread) -> None:
@@ -98,7 +98,7 @@ def _python_of_threads(core: _TimedLib) -> Iterator[Counter[str]]:
         finally:
             spent[thread.name] += time.thread_time() - core.seconds[threading.get_ident()]
 
-    threading.Thread.run = timed  # type: ignore[method-assign]
+    threading.Thread.run = timed  # type: ignore[assignment, method-assign]
     try:
         yield spent
     finally:
@@ -115,4 +115,6 @@ def save_with_core_clock(path: Path, memory: Any, channels: int) -> Sample:
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         own = time.thread_time() - own - core.seconds[threading.get_ident()]
     fixed = own + sum(spent for name, spent in ended.items() if not _CHANNEL.fullmatch(name))
-    return Sample(seconds, cpu, {"python_seconds": own + ended.total(), "fixed_seconds": fixed})
+    return Sample(
+        seconds, cpu, {"python_seconds": own + sum(ended.values()), "fixed_seconds": fixed}
+    )

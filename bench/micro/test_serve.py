@@ -261,7 +261,7 @@ def test_questions_during_a_save(
             asked.append(server.finish()["total-time"] / 1000)
 
     benchmark.group = "serve"
-    benchmark.pedantic(with_questions, setup=lambda: void(quietly()), rounds=3)
+    benchmark.pedantic(with_questions, setup=quietly, rounds=3)
     rate, ratio = statistics.median(rates), statistics.median(asked) / statistics.median(alone)
     verdicts = [
         Verdict(

@@ -53,7 +53,15 @@ def _built(
     with tempfile.TemporaryDirectory(prefix="kernel-") as name:
         start, program, kernel = (Path(name) / file for file in ("ring3.o", "program.o", "kernel"))
         subprocess.run(["gcc", "-c", _SOURCES / "ring3.S", "-o", start], check=True)
-        compile_ = ["gcc", *_FREESTANDING, *defined, "-c", _SOURCES / source, "-o", program]
+        compile_: list[str | Path] = [
+            "gcc",
+            *_FREESTANDING,
+            *defined,
+            "-c",
+            _SOURCES / source,
+            "-o",
+            program,
+        ]
         subprocess.run(compile_, check=True)
         link = ["ld", "-n", "-static", "-z", "noexecstack", f"-Ttext={_LOADED_AT:#x}", *places]
         subprocess.run(

@@ -249,7 +249,7 @@ class WritingGuest:
             def read(first: int, count: int) -> Pages:
                 part = buffer[:count]
                 address = self.ram_address + first * PAGE
-                assert os.preadv(memory.fileno(), [part], address) == part.nbytes
+                assert os.preadv(memory.fileno(), [part.data], address) == part.nbytes
                 return part
 
             return _check(read, self.setup)

@@ -69,8 +69,8 @@ def live(results: Results) -> Iterator[Verdict]:
 
 def increments(results: Results) -> Iterator[Verdict]:
     for name in results.names(INCREMENT_WORK, OURS):
-        pause, total = (20, 0.25) if name.startswith("40 ") else (150, 1.0)
-        yield pause(results, INCREMENT_WORK, name, pause)
+        longest, total = (20, 0.25) if name.startswith("40 ") else (150, 1.0)
+        yield pause(results, INCREMENT_WORK, name, longest)
         seconds = results.median(INCREMENT_WORK, OURS, name)
         yield Verdict(f"{INCREMENT_WORK} ({name}), with fsync", seconds, total, "s")
         changed = fact(results, INCREMENT_WORK, name, "working_set")
@@ -96,8 +96,8 @@ def increments(results: Results) -> Iterator[Verdict]:
         )
     for name in results.names(CLONES_WORK, OURS):
         memory, whole, base, changed = (
-            fact(results, CLONES_WORK, name, fact) / MIB
-            for fact in ("memory_pss", "process_pss", "base_bytes", "changed_bytes")
+            fact(results, CLONES_WORK, name, what) / MIB
+            for what in ("memory_pss", "process_pss", "base_bytes", "changed_bytes")
         )
         yield Verdict(
             f"{CLONES_WORK} ({name}), PSS of their memory",

@@ -36,4 +36,4 @@ def pause(results: Results, work: str, name: str, limit: float, fact: str = "pau
 
 def fact(results: Results, work: str, name: str, fact: str) -> float:
     """The median of a fact."""
-    return statistics.median(sample.facts[fact] for sample in results.of(work, OURS, name))
+    return statistics.median(float(sample.facts[fact]) for sample in results.of(work, OURS, name))
