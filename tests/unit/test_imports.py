@@ -113,7 +113,10 @@ def test_a_restore_loads_nothing_of_a_lazy_one():
     assert not lazy & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.restore")
 
 
-EARLY = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.early_start"
+EARLY = (
+    "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.early_start\n"
+    "import pyqmigrate.vm.incoming.qemu_ahead, pyqmigrate.vm.incoming.early_restore"
+)
 
 
 def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
