@@ -1,4 +1,4 @@
-"""The loop that moves the pages of blocks: write, count, read, and find old bytes.
+"""The loop that moves the pages of blocks: write, count and read.
 
 Every function works through ranges of pages with all channels, and returns when the last one is
 done. They raise what :func:`pyqmigrate.core.error_from_fault` makes of the first failure, and
@@ -16,37 +16,21 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, split_ranges
 from pyqmigrate.io.memory import OpenMemory
 
-__all__ = [
-    "BlockPages",
-    "StoredPages",
-    "count_pages",
-    "find_stale",
-    "punch_stale",
-    "punch_stale_in_turn",
-    "ranges_of",
-    "read_pages",
-    "write_pages",
-]
+__all__ = ["BlockPages", "count_pages", "ranges_of", "read_pages", "write_pages"]
 
 
 @dataclass(frozen=True)
-class StoredPages:
-    """The pages of a block in a file: their places, and which of them the file contains."""
+class BlockPages:
+    """The pages of a block: their places in a file, which of them the file contains, and the memory that they are
+    copied from or to. ``selection``: the pages that belong to this pass, None for all."""
 
     layout: BlockLayout
     data: Bitmap
-
-
-@dataclass(frozen=True)
-class BlockPages(StoredPages):
-    """The same, and the memory that they are copied from or to. ``selection``: the pages that
-    belong to this pass, None for all."""
-
     memory: OpenMemory
     selection: Bitmap | None = None
 
 
-def ranges_of(blocks: Sequence[StoredPages]) -> Iterator[Range]:
+def ranges_of(blocks: Sequence[BlockPages]) -> Iterator[Range]:
     """Return the ranges of all pages, block by block."""
     for number, block in enumerate(blocks):
         yield from split_ranges(number, block.layout.num_pages, block.layout.page_size)
@@ -117,47 +101,6 @@ def read_pages(
         return transfers[item.block].read(channel, item.first, item.npages)
 
     channels.run(ranges, read, source, [block.layout.name for block in blocks])
-
-
-def find_stale(pages: StoredPages, stale: Bitmap, file: File, channels: Channels) -> None:
-    """Set in ``stale`` the bits of clear pages that are not zero in the file.
-
-    ``file`` has its own open file description. Only extents of the file are read.
-    """
-    transfer = _stale_transfer(pages, file, channels)
-
-    def find(channel: Channel, item: Range) -> int:
-        return transfer.find_stale(channel, stale, item.first, item.npages)
-
-    channels.run(ranges_of([pages]), find, "the snapshot", [pages.layout.name])
-
-
-def punch_stale(pages: StoredPages, file: File, channels: Channels) -> None:
-    """Make clear pages that are not zero in the file holes there; ``file`` as for
-    :func:`find_stale`."""
-    transfer = _stale_transfer(pages, file, channels)
-
-    def punch(channel: Channel, item: Range) -> int:
-        return transfer.punch_stale(channel, item.first, item.npages)
-
-    channels.run(ranges_of([pages]), punch, "the snapshot", [pages.layout.name])
-
-
-def punch_stale_in_turn(
-    pages: StoredPages, file: File, channels: Channels, target: str
-) -> Iterator[tuple[Range, int]]:
-    """Do the same on this thread; yields each range, and how many of its pages were not zero."""
-    transfer = _stale_transfer(pages, file, channels)
-    with Channel() as channel:
-        for item in ranges_of([pages]):
-            count = transfer.punch_stale(channel, item.first, item.npages)
-            if count < 0:
-                raise error_from_fault(count, channel.fault, target, pages.layout.name)
-            yield item, count
-
-
-def _stale_transfer(pages: StoredPages, file: File, channels: Channels) -> Transfer:
-    return Transfer(channels.core, Block.of(pages.layout), file=file, data=pages.data)
 
 
 def _transfers(

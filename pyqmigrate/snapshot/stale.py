@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pyqmigrate.core import File
-from pyqmigrate.io import pages
+from pyqmigrate.io import stale_pages
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.pages import StoredPages
+from pyqmigrate.io.stale_pages import StoredPages
 from pyqmigrate.snapshot.base import Snapshot
 
 __all__ = ["clear_stale", "find_stale"]
@@ -31,7 +31,7 @@ def find_stale(snapshot: Snapshot, channels: Channels) -> dict[str, int]:
             continue
         stale = Bitmap(block.num_pages)
         try:
-            pages.find_stale(StoredPages(block.layout, bits), stale, file, channels)
+            stale_pages.find_stale(StoredPages(block.layout, bits), stale, file, channels)
             if count := stale.count():
                 found[block.name] = count
         finally:
@@ -47,4 +47,4 @@ def clear_stale(snapshot: Snapshot, fd: int, names: Collection[str], channels: C
         block = snapshot.blocks[name]
         bits = block.bitmap
         assert block.layout is not None and bits is not None  # the caller has checked
-        pages.punch_stale(StoredPages(block.layout, bits), file, channels)
+        stale_pages.punch_stale(StoredPages(block.layout, bits), file, channels)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import pyqmigrate.vm.incoming.attempt
-import pyqmigrate.vm.incoming.early_start
 import pyqmigrate.vm.incoming.loading
+import pyqmigrate.vm.incoming.mapped_start
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.qcow2 import encode_overlay
@@ -146,7 +146,7 @@ def test_overlay_over_its_disk_is_refused_and_one_over_a_copy_restores(
 def test_disk_that_only_qemu_finds_in_use_is_its_own_error(
     original: Original, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pyqmigrate.vm.incoming.early_start, "refuse_in_use", lambda _: None)
+    monkeypatch.setattr(pyqmigrate.vm.incoming.mapped_start, "refuse_in_use", lambda _: None)
     error = attempt(original, original.command(), mode=mode)
     assert type(error) is QemuError
     assert "cannot resume the guest" in str(error)
@@ -160,7 +160,7 @@ def test_guest_that_hangs_in_inmigrate_is_an_error_with_qemus_lines(
 ) -> None:
     """As QEMU has it where it lets the guest run by itself: of a snapshot that does not show its
     run state."""
-    monkeypatch.setattr(pyqmigrate.vm.incoming.early_start, "refuse_in_use", lambda _: None)
+    monkeypatch.setattr(pyqmigrate.vm.incoming.mapped_start, "refuse_in_use", lambda _: None)
     read = pyqmigrate.vm.incoming.attempt.read_saved_machine
     monkeypatch.setattr(
         pyqmigrate.vm.incoming.attempt,

@@ -284,7 +284,7 @@ def test_record_costs_a_restore_little(plain: Path) -> None:
     """What is imported for it before QEMU starts is small, and has no event loop."""
     code = (
         "import sys, pyqmigrate.cli, pyqmigrate.cli.vm.restore\n"
-        "import pyqmigrate.vm.incoming.early_start\n"
+        "import pyqmigrate.vm.incoming.qemu_ahead, pyqmigrate.vm.incoming.early_restore\n"
         "from pyqmigrate.vm.incoming.options import DiskOptions\n"
         "from pyqmigrate.vm.incoming.restore_command import choose_command\n"
         "from pyqmigrate.vm.incoming.source import RestoreSource\n"

@@ -113,7 +113,10 @@ def test_a_restore_loads_nothing_of_a_lazy_one():
     assert not lazy & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.restore")
 
 
-EARLY = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.early_start"
+EARLY = (
+    "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.early_start\n"
+    "import pyqmigrate.vm.incoming.qemu_ahead, pyqmigrate.vm.incoming.early_restore"
+)
 
 
 def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
@@ -212,3 +215,20 @@ def test_no_module_hides_a_public_name(package):
     folders = {path.parent.name for path in root.glob("*/__init__.py")}
     assert modules
     assert not (modules | folders) & set(package.__all__)
+
+
+def test_the_command_does_not_collect_garbage_while_a_restore_is_imported():
+    code = (
+        "import gc, pyqmigrate\n"
+        "def count(): return sum(stats['collections'] for stats in gc.get_stats())\n"
+        "before = count()\n"
+        "import pyqmigrate.__main__\n"
+        f"{EARLY}\n"
+        "print(count() - before)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "0\n"
+
+
+def test_the_library_leaves_the_garbage_collector_alone():
+    code = "import gc; before = gc.get_threshold(); import pyqmigrate.cli; print(gc.get_threshold() == before)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"

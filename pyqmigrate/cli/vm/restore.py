@@ -81,7 +81,7 @@ from pyqmigrate.io.direct_io import DirectIO
 if TYPE_CHECKING:
     import asyncio
 
-    from pyqmigrate.vm.incoming.early_start import EarlyRestore
+    from pyqmigrate.vm.incoming.early_restore import EarlyRestore
     from pyqmigrate.vm.incoming.options import DiskOptions, RestoreOptions
     from pyqmigrate.vm.incoming.recording import WorkingSetReport
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport

@@ -18,7 +18,8 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Range
 from pyqmigrate.io.direct_io import Direct
 from pyqmigrate.io.memory import OpenMemory, RamBlock
-from pyqmigrate.io.pages import BlockPages, count_pages, punch_stale_in_turn, write_pages
+from pyqmigrate.io.pages import BlockPages, count_pages, write_pages
+from pyqmigrate.io.stale_pages import StoredPages, punch_stale_in_turn
 from pyqmigrate.io.target import Target, stream_offset
 from pyqmigrate.snapshot.save.writer import (
     SaveOptions,
@@ -157,8 +158,9 @@ class Writer(StreamWriter):
             file = File(fd)
             for pages in self._stored(self.bitmaps):
                 layout = pages.layout
+                stored = StoredPages(layout, pages.data)
                 for item, count in punch_stale_in_turn(
-                    pages, file, self.channels, self.target.name
+                    stored, file, self.channels, self.target.name
                 ):
                     if count and self.observer is not None:
                         offset = layout.pages_offset + item.first * layout.page_size

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pyqmigrate.errors import QemuError
 
-__all__ = ["RamLine", "parse_ramblock"]
+__all__ = ["RamLine", "compile_patterns", "parse_ramblock"]
 
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _LINE = (
@@ -43,6 +43,12 @@ class RamLine(NamedTuple):
             return True
         can_change = self.name.startswith("/rom@") or self.length < self.largest
         return can_change and length <= self.largest
+
+
+def compile_patterns() -> None:
+    """Prepare for :func:`parse_ramblock`, which takes longer the first time."""
+    for pattern in (_LINE, _HEAD):
+        re.compile(pattern)
 
 
 def parse_ramblock(text: str) -> list[RamLine]:

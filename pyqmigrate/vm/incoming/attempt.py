@@ -21,7 +21,6 @@ from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from pyqmigrate.vm.incoming.compatibility import compare_blocks, compare_devices, compare_type
-from pyqmigrate.vm.incoming.early_start import StartedRestore
 from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
 from pyqmigrate.vm.incoming.incoming_settings import Incoming
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
@@ -29,6 +28,7 @@ from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.instant_start import LoadedInstant, NotStarted, explained
 from pyqmigrate.vm.incoming.load import take_in
 from pyqmigrate.vm.incoming.loading import LoadFailed, settle
+from pyqmigrate.vm.incoming.mapped_start import StartedRestore
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.prefetch import PrefetchState
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable

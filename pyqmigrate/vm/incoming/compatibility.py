@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import BlockMismatch, UsageError
+from pyqmigrate.vm.guest import ramblock
 from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from pyqmigrate.vm.incoming.saved_machine import SavedMachine
 from pyqmigrate.vm.qemu.command_line import CommandLine
@@ -26,6 +27,7 @@ __all__ = [
     "compare_command",
     "compare_devices",
     "compare_type",
+    "compile_patterns",
     "questions",
 ]
 
@@ -84,6 +86,13 @@ def questions(
     if saved.pci is not None and saved.counts is not None:
         yield "human-monitor-command", {"command-line": "info qtree"}
     yield "human-monitor-command", {"command-line": "info ramblock"}
+
+
+def compile_patterns() -> None:
+    """Prepare for the comparisons with a running QEMU, which take longer the first time."""
+    for pattern in (_TREE_LINE, _HAVE_STATE):
+        re.compile(pattern)
+    ramblock.compile_patterns()
 
 
 async def compare_devices(

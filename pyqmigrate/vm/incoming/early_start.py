@@ -1,172 +1,27 @@
 """The part of a restore that runs before the event loop: up to the guest's first instruction.
 
 An event loop, and a monitor for it, take Python longer to import than QEMU needs to start: they are imported
-when the guest runs. So is, while QEMU starts, what loads the snapshot.
+when the guest runs. So is, while QEMU starts, what loads the snapshot. QEMU itself is started before the modules
+that check the restore are imported (:mod:`pyqmigrate.vm.incoming.qemu_ahead`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import TargetError
 from pyqmigrate.io.target import Target
 from pyqmigrate.io.threads import start_thread
-from pyqmigrate.vm.incoming.command import make_incoming
-from pyqmigrate.vm.incoming.compatibility import compare_command
-from pyqmigrate.vm.incoming.images_in_use import refuse_in_use
-from pyqmigrate.vm.incoming.listeners import refuse_taken
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
-from pyqmigrate.vm.incoming.ram_files import RamFiles
-from pyqmigrate.vm.incoming.ram_mapping import Mapped
-from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
-from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
-from pyqmigrate.vm.incoming.source import RestoreSource, map_source
-from pyqmigrate.vm.qemu.command_line import CommandLine
-from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.incoming.instant_start import InstantStart, LoadedInstant
+    from pyqmigrate.vm.incoming.early_restore import EarlyRestore
+    from pyqmigrate.vm.incoming.instant_start import InstantStart
     from pyqmigrate.vm.incoming.lazy_keeper import StartedKeeper
-    from pyqmigrate.vm.incoming.lazy_start import StartedLazy
 
-__all__ = ["EarlyRestore", "StartedRestore", "prepare", "start_early", "start_mapped"]
-
-
-class StartedRestore(NamedTuple):
-    """A started QEMU that maps ``mapped`` from ``source``, which stays open.
-
-    ``files`` are its other memory files. End it, or pass it on to
-    :func:`pyqmigrate.vm.incoming.restore.finish_restore`.
-    """
-
-    source: RestoreSource
-    mapped: Mapped
-    files: RamFiles
-    qemu: QemuProcess
-
-    def end(self) -> None:
-        """End the process and close its files. Can be called again."""
-        self.qemu.end()
-        self.files.close()
-
-
-def prepare(
-    command: CommandLine, options: RestoreOptions, source: RestoreSource
-) -> tuple[CommandLine, RestoreOptions, tuple[str, ...]]:
-    """Return the command line of a QEMU that waits for a snapshot, the options it implies, and
-    notes on what was changed.
-
-    Raises UsageError for options that contradict a restore or the snapshot, and for sockets and
-    disks that another process uses.
-    """
-    if options.record is not None:
-        _check_recording(source, options)
-    if options.paused is None and command.has("S"):
-        options = options._replace(paused=True)
-    command, notes = make_incoming(command, paused=options.paused)
-    refuse_taken(command, options.qmp)
-    refuse_in_use(command)
-    notes += compare_command(command, read_saved_machine(source.snapshot))
-    return command, options, tuple(notes)
-
-
-def _check_recording(source: RestoreSource, options: RestoreOptions) -> None:
-    """Raise UsageError if no working set can be recorded."""
-    if options.mode is Mode.LAZY:
-        return  # checked with the other settings of its page server
-    if options.mode not in (Mode.AUTO, Mode.INSTANT):
-        raise UsageError(
-            f"a working set is recorded in the modes instant and lazy, not in mode {options.mode}"
-        )
-    if source.place is None:
-        raise UsageError("a working set is recorded beside a snapshot that is given by its path")
-    if source.view is not None:
-        if not source.records_requests:
-            raise UsageError(
-                "no working set is recorded: this system has no FUSE, and the snapshot is read from a "
-                "copy"
-            )
-        source.view.view.check_recordable()
-        return
-    from pyqmigrate.io.working_set_file import check_working_set_place
-
-    check_working_set_place(source.place)
-
-
-def _recordable(source: RestoreSource) -> contextlib.AbstractContextManager[None]:
-    """Prepare for a recording: the kernel maps what the page cache has around a touched page, and
-    all of a large folio, so that the page table would show far more than was touched."""
-    from pyqmigrate.io.page_cache import drop_cached
-    from pyqmigrate.vm.qemu.huge_pages import without_huge_pages
-
-    with contextlib.suppress(TargetError):
-        drop_cached(source.mapped_fd)
-    return without_huge_pages()
-
-
-def start_mapped(
-    source: RestoreSource,
-    mapped: Mapped,
-    options: RestoreOptions,
-    second: socket.socket | None = None,
-) -> StartedRestore:
-    """Start the QEMU of ``mapped``, and to read a recorded working set. Not for the main thread.
-
-    ``second`` is QEMU's end of a connection to one more monitor. Raises QemuError, UsageError, and what
-    RamFiles raises.
-    """
-    files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
-    try:
-        by_page_table = options.record is not None and not source.records_requests
-        with _recordable(source) if by_page_table else contextlib.nullcontext():
-            qemu = start(
-                mapped.command,
-                [source.mapped_fd, *options.pass_fds],
-                qmp=options.qmp,
-                stdin=options.stdin,
-                stdout=options.stdout,
-                stderr=options.stderr,
-                second=second,
-            )
-    except BaseException:
-        files.close()
-        raise
-    if options.record is None or by_page_table:  # what is pushed is not read
-        source.prefetch()  # QEMU starts in the meantime
-    source.fetch_rest()
-    return StartedRestore(source, mapped, files, qemu)
-
-
-class EarlyRestore(NamedTuple):
-    """A restore that was started before there is an event loop, and what it was made from."""
-
-    started: StartedRestore | LoadedInstant | StartedLazy
-    command: CommandLine
-    options: RestoreOptions
-    notes: tuple[str, ...]
-    chosen: ChosenCommand
-
-    @property
-    def signal_guest(self) -> Callable[[int], None] | None:
-        """What sends a signal to QEMU, if its guest has been loaded and may run: it is no longer to be ended
-        as if it had not."""
-        from pyqmigrate.vm.incoming.instant_start import LoadedInstant
-
-        return (
-            self.started.qemu.process.send_signal
-            if isinstance(self.started, LoadedInstant)
-            else None
-        )
-
-    def end(self) -> None:
-        """End QEMU and remove its overlays. Can be called again."""
-        self.started.end()
-        self.started.source.close()
-        self.chosen.discard()
+__all__ = ["EarlyStart", "start_early"]
 
 
 def start_early(
@@ -248,65 +103,43 @@ class EarlyStart:
 
     def run(self) -> None:
         try:
-            if self._keeper is None:
-                self._result = self._start()
-            else:
-                self._result = _start_lazy(self._snapshot, self._words, self._options, self._keeper)
-        except Exception:  # the restore that follows meets it again, unless it is the failure
-            return
+            self._result = self._start() if self._keeper is None else self._start_lazy(self._keeper)
+        except Exception as error:
+            self._failure = error if self._is_failure(error) else None
         finally:
             self._ended.set()
 
     def _start(self) -> EarlyRestore:
-        source = RestoreSource(
-            self._snapshot,
-            self._options.offset,
-            self._options.base,
-            self._options.cache,
-            record=self._options.record is not None,
-            ahead=self._options.reads_ahead,
-        )
-        with contextlib.ExitStack() as undo:
-            undo.callback(source.close)
-            chosen = choose_command(source, self._words, self._options.disks)
-            undo.callback(chosen.discard)
-            command, options, notes = prepare(chosen.command, self._options, source)
-            mapped = map_source(command, source)
-            started: StartedRestore | LoadedInstant
-            if options.record is None:
-                started = self._load(source, mapped, options)
-            else:  # a recording has to begin before the load
-                started = start_mapped(source, mapped, options)
-            undo.pop_all()
-            return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)
+        from pyqmigrate.vm.incoming.qemu_ahead import start_ahead
 
-    def _load(
-        self, source: RestoreSource, mapped: Mapped, options: RestoreOptions
-    ) -> LoadedInstant:
-        monitor, qemu_end = socket.socketpair()
-        with monitor:
-            with qemu_end:  # the end of QEMU must be noticed
-                started = start_mapped(source, mapped, options, qemu_end)
-            with contextlib.ExitStack() as undo:
-                undo.callback(started.end)
-                # Imported while QEMU starts.
-                from pyqmigrate.vm.incoming.instant_start import InstantStart, NotStarted
+        waiting = start_ahead(self._snapshot, self._words, self._options)
+        try:
+            # Imported while QEMU loads itself.
+            from pyqmigrate.vm.incoming.early_restore import start_instant
+        except BaseException:
+            if waiting is not None:
+                waiting.end()
+                waiting.input.close()
+            raise
+        return start_instant(self._snapshot, self._words, self._options, waiting, self._begin)
 
-                saved = read_saved_machine(source.snapshot)
-                loading = InstantStart(
-                    source, mapped, started.files, started.qemu, monitor, saved, options
-                )
-                undo.pop_all()
-            self._loading = loading
-            if self._signals:
-                loading.abandon()
-            try:
-                return loading.run()
-            except NotStarted:
-                raise
-            except Exception as error:
-                self._failure = error
-                raise
+    def _start_lazy(self, keeper: StartedKeeper) -> EarlyRestore:
+        from pyqmigrate.vm.incoming.early_restore import start_lazy
+
+        return start_lazy(self._snapshot, self._words, self._options, keeper)
+
+    def _begin(self, loading: InstantStart) -> None:
+        self._loading = loading
+        if self._signals:
+            loading.abandon()
+
+    def _is_failure(self, error: Exception) -> bool:
+        """Return whether the restore has failed; else it begins again, and meets the error if that is one."""
+        if self._loading is None:
+            return False
+        from pyqmigrate.vm.incoming.instant_start import NotStarted
+
+        return not isinstance(error, NotStarted)
 
 
 def _forked_keeper(snapshot: Target) -> StartedKeeper | None:
@@ -319,22 +152,3 @@ def _forked_keeper(snapshot: Target) -> StartedKeeper | None:
         return fork_keeper(snapshot if isinstance(snapshot, str) else "")
     except TargetError:  # the restore that follows meets it again
         return None
-
-
-def _start_lazy(
-    snapshot: Target, words: Sequence[str] | None, options: RestoreOptions, keeper: StartedKeeper
-) -> EarlyRestore:
-    with contextlib.ExitStack() as undo:
-        undo.callback(keeper.end)
-        from pyqmigrate.vm.incoming.lazy_start import LazyStart
-
-        source = RestoreSource(
-            snapshot, options.offset, options.base, options.cache, pages=options.reads_pages
-        )
-        undo.callback(source.close)
-        chosen = choose_command(source, words, options.disks)
-        undo.callback(chosen.discard)
-        command, options, notes = prepare(chosen.command, options, source)
-        started = LazyStart(source, command, options, keeper).run()
-        undo.pop_all()
-        return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED
@@ -34,8 +33,7 @@ _CONFLICTING = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Incoming:
+class Incoming(NamedTuple):
     """One ``migrate-incoming``: descriptors by name, where the stream starts, and the settings.
 
     With ``channels`` 0 multifd is off. With ``stream``, the descriptor of a pipe or socket, QEMU

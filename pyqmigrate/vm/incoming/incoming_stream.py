@@ -17,11 +17,11 @@ from collections.abc import Collection
 
 from pyqmigrate.core import File
 from pyqmigrate.errors import SnapshotError, target_error
-from pyqmigrate.io import pages
+from pyqmigrate.io import stale_pages
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.holes import next_data
-from pyqmigrate.io.pages import StoredPages
+from pyqmigrate.io.stale_pages import StoredPages
 from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["IncomingStream"]
@@ -123,7 +123,7 @@ class IncomingStream:
         """Set the bit of each page that is clear in the snapshot but not zero in its file."""
         stored, stale = StoredPages(block.layout, block.bitmap), Bitmap(block.num_pages)
         try:
-            pages.find_stale(stored, stale, File(self._source), self._channels)
+            stale_pages.find_stale(stored, stale, File(self._source), self._channels)
             count = stale.count()
             if count:
                 stale.write_to(self, block.bitmap_offset, everything=False)

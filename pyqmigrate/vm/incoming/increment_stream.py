@@ -16,9 +16,9 @@ from collections.abc import Collection
 
 from pyqmigrate.core import File
 from pyqmigrate.errors import target_error
-from pyqmigrate.io import pages
+from pyqmigrate.io import stale_pages
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.pages import StoredPages
+from pyqmigrate.io.stale_pages import StoredPages
 from pyqmigrate.snapshot.increment import IncrementBlock, IncrementSnapshot
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 
@@ -60,7 +60,9 @@ class IncrementStream(IncomingStream):
         base = block.base
         stored, stale = StoredPages(base.layout, base.bitmap), Bitmap(block.num_pages)
         try:
-            pages.find_stale(stored, stale, File(self._increment.base.source.fd), self._channels)
+            stale_pages.find_stale(
+                stored, stale, File(self._increment.base.source.fd), self._channels
+            )
             stale.remove(block.bitmap)
             count = stale.count()
             if count:

@@ -19,6 +19,7 @@ from pyqmigrate.vm.incoming.compatibility import (
     compare_blocks,
     compare_devices,
     compare_type,
+    compile_patterns,
     questions,
 )
 from pyqmigrate.vm.incoming.incoming_settings import (
@@ -128,6 +129,7 @@ class InstantStart:
             monitor = BlockingMonitor(self._connection)
             self._ask(monitor, self._mapped.command)
             self._stream.build()
+            compile_patterns()
             monitor.negotiate()
         except QemuError as error:
             raise NotStarted(self._qemu.describe("QEMU does not start")) from error

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.vm.incoming.options import Mode, Push
-from pyqmigrate.vm.qemu.spawn import Stream
+from pyqmigrate.vm.qemu.error_output import Stream
 
 __all__ = ["VmCloneOptions", "VmPoolOptions", "VmRestoreOptions"]
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pyqmigrate.snapshot.base import Snapshot
-from pyqmigrate.vm.incoming.ram_mapping import memory_backends
 from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.memory_options import memory_backends
 
 __all__ = ["file_obstacle", "userfaultfd_obstacle", "why_not_lazy"]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.direct_io import DirectIO
-from pyqmigrate.vm.qemu.spawn import Stream
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.keywords import VmRestoreOptions
+    from pyqmigrate.vm.qemu.error_output import Stream
 
 __all__ = ["DiskOptions", "Mode", "Push", "RestoreOptions", "check_record"]
 

@@ -21,8 +21,9 @@ from pyqmigrate.errors import NotSupported, TargetError, UsageError
 from pyqmigrate.format.uri import parse_size
 from pyqmigrate.io.holes import next_data
 from pyqmigrate.snapshot.base import Block, Snapshot
-from pyqmigrate.vm.incoming.ram_mapping import block_of, memories_of, memory_backends
+from pyqmigrate.vm.incoming.ram_mapping import block_of
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on
+from pyqmigrate.vm.qemu.memory_options import memories_of, memory_backends
 
 __all__ = ["RamFiles", "loadable"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,10 @@ from pyqmigrate.vm.qemu.command_line import (
     join_properties,
     read_ram_size,
 )
+from pyqmigrate.vm.qemu.memory_options import memories_of, memory_backends
 
-__all__ = ["Mapped", "block_of", "map_blocks", "memories_of", "memory_backends"]
+__all__ = ["Mapped", "block_of", "map_blocks"]
 
-_BACKEND = "memory-backend-"
-# Devices whose memory is in a file of its own, or is plugged piece by piece.
-_OWN_MEMORY = ("nvdimm", "virtio-pmem", "virtio-mem", "ivshmem")
 # Properties of a backend that are kept for a mapping of the snapshot.
 _KEPT_SWITCHES = ("merge", "dump", "reserve")
 # Patterns are strings, compiled when first used: a restore waits for each import.
@@ -135,24 +133,6 @@ def _check(command: CommandLine, snapshot: MappedRamSnapshot) -> None:
     for block in snapshot.blocks.values():
         if block.external:
             raise NotSupported(f"the content of block {block.name!r} is not in the snapshot")
-
-
-def memories_of(command: CommandLine, drivers: tuple[str, ...] = _OWN_MEMORY) -> set[str]:
-    """Return the ids of backends of devices whose driver starts with one of ``drivers``."""
-    devices = (option.properties("driver") for option in command.all("device"))
-    return {
-        device["memdev"]
-        for device in devices
-        if "memdev" in device and device.get("driver", "").startswith(drivers)
-    }
-
-
-def memory_backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, str]]]:
-    """Generate the options of memory backends, with their properties."""
-    for option in command.all("object"):
-        properties = option.properties("qom-type")
-        if properties.get("qom-type", "").startswith(_BACKEND):
-            yield option, properties
 
 
 def block_of(backend: str, snapshot: Snapshot) -> Block | None:

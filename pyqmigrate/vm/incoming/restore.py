@@ -26,9 +26,10 @@ from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.incoming.attempt import RestoreAttempt
-from pyqmigrate.vm.incoming.early_start import EarlyRestore, StartedRestore, prepare, start_mapped
+from pyqmigrate.vm.incoming.early_restore import EarlyRestore
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.instant_start import LoadedInstant
+from pyqmigrate.vm.incoming.mapped_start import StartedRestore, prepare, start_mapped
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command

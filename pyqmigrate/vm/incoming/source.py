@@ -123,6 +123,7 @@ class RestoreSource:
     ahead: whether its recorded working set is read ahead from the start, for an instant restore.
     pages: whether pages are read, or mapped; of a snapshot of a store a lazy restore leaves them to its
         page server.
+    input_file: the target, opened with these options; it is taken over.
     """
 
     def __init__(
@@ -134,11 +135,14 @@ class RestoreSource:
         record: bool = False,
         ahead: bool = False,
         pages: bool = True,
+        input_file: InputFile | None = None,
     ) -> None:
         self._target = target
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
-        self._input = InputFile(target, cache=cache, record=record, ahead=ahead, pages=pages)
+        self._input = input_file or InputFile(
+            target, cache=cache, record=record, ahead=ahead, pages=pages
+        )
         self.name, self.place = self._input.name, self._input.place
         self.view = self._input.view
         try:

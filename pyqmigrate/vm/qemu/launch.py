@@ -14,8 +14,9 @@ from typing import Self
 from pyqmigrate.errors import QemuError
 from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.error_output import Stream
 from pyqmigrate.vm.qemu.monitor import Monitor
-from pyqmigrate.vm.qemu.spawn import END_TIMEOUT, QemuProcess, Stream, start
+from pyqmigrate.vm.qemu.spawn import END_TIMEOUT, QemuProcess, start
 
 __all__ = ["QemuSession", "answered", "launch"]
 

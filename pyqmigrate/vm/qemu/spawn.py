@@ -2,9 +2,10 @@
 
 The monitor is one end of a socket pair, which QEMU inherits: it needs no name in a file system.
 It is described in a separate ``-readconfig``, because ``-mon`` or ``-qmp`` on the command line
-would remove QEMU's default monitor. That description is a pipe, closed once a lifeline holds QEMU:
-until QEMU is handed over, it does not outlive this process. Until then its standard error is kept
-for error messages; afterwards it is passed on.
+would remove QEMU's default monitor. That is QEMU's first option, and a pipe: QEMU waits for the rest
+of it until this process lets it go on. A lifeline holds QEMU then: until it is handed over, it does
+not outlive this process. Until then its standard error is kept for error messages; afterwards it is
+passed on.
 
 No event loop is needed here: a command that restores a guest imports one while QEMU starts.
 """
@@ -14,31 +15,29 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import socket
 import struct
 import subprocess
 import termios
-import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO
 
 from pyqmigrate.errors import QemuError, UsageError
 from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
-from pyqmigrate.io.threads import start_thread
 from pyqmigrate.vm.qemu.binary import has_type
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option, escape, is_qemu
+from pyqmigrate.vm.qemu.error_output import LAST_WORDS, ErrorOutput, Stream
 from pyqmigrate.vm.qemu.lifeline import Lifeline
 
-__all__ = ["END_TIMEOUT", "QMP_CHARDEV", "QemuProcess", "Stream", "start"]
+__all__ = ["END_TIMEOUT", "OWN_CONFIGURATION", "QMP_CHARDEV", "QemuProcess", "WaitingQemu", "start"]
 
-Stream = int | IO[bytes] | None
 END_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
-_KEPT = 1 << 16  # bytes of standard error kept for error messages
-_LAST_WORDS = 0.2  # seconds to wait for QEMU's last lines
 _NAME = "pyqmigrate"
+_CONFIGURATION = "/proc/self/fd/./"  # nobody else writes it so
+OWN_CONFIGURATION = rf"{re.escape(_CONFIGURATION)}\d+"  # a pattern
 _SECOND = "pyqmigrate-second"  # of the monitor that another process uses
 QMP_CHARDEV = "pyqmigrate-qmp"  # of the additional monitor
 _WRAPPER_TIMEOUT = 0.5  # seconds until a program that starts QEMU has become QEMU
@@ -73,7 +72,7 @@ class QemuProcess:
         started_at: float,
         monitor: socket.socket,
         lifeline: Lifeline,
-        errors: _ErrorOutput,
+        errors: ErrorOutput,
         qmp: Path | None,
     ) -> None:
         self.process = process
@@ -114,6 +113,106 @@ class QemuProcess:
         self.process.terminate()
 
 
+class WaitingQemu:
+    """A started QEMU that waits for its configuration: it has opened nothing that its command line names.
+
+    Let it :meth:`go` on, or :meth:`end` it; it ends with this process. Arguments and errors are those of
+    :func:`start`.
+    """
+
+    def __init__(
+        self,
+        command: CommandLine,
+        pass_fds: Collection[int],
+        *,
+        qmp: Path | None = None,
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        second: socket.socket | None = None,
+    ) -> None:
+        self._qmp = qmp
+        self._started_at = time.monotonic()
+        with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as inherited:
+            self._lifeline = Lifeline()
+            on_failure.callback(self._lifeline.close)
+            self._monitor, qemu_end = socket.socketpair()
+            on_failure.enter_context(self._monitor)
+            # Only QEMU may keep what it inherits: its end is noticed when they are closed.
+            inherited.enter_context(qemu_end)
+            configuration, writer = os.pipe2(os.O_CLOEXEC)
+            inherited.callback(os.close, configuration)
+            os.fchmod(configuration, 0o444)  # QEMU opens it by name, and may be another user
+            self._description = on_failure.enter_context(os.fdopen(writer, "w"))
+            self._description.write(_HEAD)
+            self._description.flush()
+            # First: QEMU takes its options in order.
+            options = [Option("readconfig", f"{_CONFIGURATION}{configuration}"), *command.options]
+            self._connections = {_NAME: qemu_end.fileno()}
+            if second is not None:
+                self._connections[_SECOND] = second.fileno()
+            fds = [configuration, self._lifeline.fd, *self._connections.values(), *pass_fds]
+            if qmp is not None:
+                place = inherited.enter_context(SocketPath(qmp))
+                fds += place.fds
+                options.append(
+                    Option(
+                        "chardev",
+                        f"socket,id={QMP_CHARDEV},path={escape(place.path)},server=on,wait=off",
+                    )
+                )
+            self._errors = ErrorOutput(stderr)
+            inherited.callback(self._errors.close_writer)
+            try:
+                self._process = subprocess.Popen(
+                    command._replace(options=tuple(options)).argv(),
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=self._errors.writer,
+                    pass_fds=fds,
+                    cwd=command.directory,
+                )
+            except OSError as error:
+                raise QemuError(f"cannot start {command.program}: {error.strerror}") from error
+            except ValueError as error:  # a NUL, or a character that the system's encoding lacks
+                raise UsageError(f"invalid command-line argument: {error}") from error
+            on_failure.callback(_end, self._process)
+            self._lifeline.hold(self._process.pid)
+            is_new = _has_monitor_qmp(self._process.pid, configuration)
+            self._monitor_form = _MONITOR_QMP if is_new else _MON
+            on_failure.pop_all()
+
+    def go(self, sections: str = "") -> QemuProcess:
+        """Give it its configuration: its monitors, and these sections."""
+        connections = self._connections.items()
+        monitors = [*self._connections] if self._qmp is None else [*self._connections, QMP_CHARDEV]
+        try:
+            # A broken pipe: QEMU has ended, and the caller finds out why.
+            with contextlib.suppress(BrokenPipeError), self._description as text:
+                text.write(_HEAD.join(_CHARDEV.format(name=n, fd=fd) for n, fd in connections))
+                text.writelines(self._monitor_form.format(name=name) for name in monitors)
+                text.write(sections)
+        except BaseException:
+            self.end()
+            raise
+        return QemuProcess(
+            self._process, self._started_at, self._monitor, self._lifeline, self._errors, self._qmp
+        )
+
+    def end(self) -> None:
+        """End it, at once: it has opened nothing."""
+        with contextlib.suppress(BrokenPipeError):
+            self._description.close()
+        with contextlib.suppress(
+            PermissionError
+        ):  # it rejects what it has of the configuration, and ends
+            self._process.kill()
+        self._process.wait()
+        self._lifeline.close()
+        self._monitor.close()
+        self._errors.join()
+
+
 def start(
     command: CommandLine,
     pass_fds: Collection[int],
@@ -133,62 +232,9 @@ def start(
     Raises QemuError when the program cannot be started, UsageError for invalid arguments, and for
     an invalid socket path ``qmp``.
     """
-    started_at = time.monotonic()
-    with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as inherited:
-        lifeline = Lifeline()
-        on_failure.callback(lifeline.close)
-        monitor, qemu_end = socket.socketpair()
-        on_failure.enter_context(monitor)
-        # Only QEMU may keep what it inherits: its end is noticed when they are closed.
-        inherited.enter_context(qemu_end)
-        configuration, writer = os.pipe2(os.O_CLOEXEC)
-        inherited.callback(os.close, configuration)
-        os.fchmod(configuration, 0o444)  # QEMU opens it by name, and may be another user
-        description = inherited.enter_context(os.fdopen(writer, "w"))
-        description.write(_HEAD)
-        description.flush()
-        added = [Option("readconfig", f"/proc/self/fd/{configuration}")]
-        fds = [qemu_end.fileno(), configuration, lifeline.fd, *pass_fds]
-        if second is not None:
-            fds.append(second.fileno())
-        if qmp is not None:
-            place = inherited.enter_context(SocketPath(qmp))
-            fds += place.fds
-            added.append(
-                Option(
-                    "chardev",
-                    f"socket,id={QMP_CHARDEV},path={escape(place.path)},server=on,wait=off",
-                )
-            )
-        errors = _ErrorOutput(stderr)
-        inherited.callback(errors.close_writer)
-        try:
-            process = subprocess.Popen(
-                command.with_options(*added).argv(),
-                stdin=stdin,
-                stdout=stdout,
-                stderr=errors.writer,
-                pass_fds=fds,
-                cwd=command.directory,
-            )
-        except OSError as error:
-            raise QemuError(f"cannot start {command.program}: {error.strerror}") from error
-        except ValueError as error:  # a NUL, or a character that the system's encoding lacks
-            raise UsageError(f"invalid command-line argument: {error}") from error
-        on_failure.callback(_end, process)
-        lifeline.hold(process.pid)
-        connections = {_NAME: qemu_end}
-        if second is not None:
-            connections[_SECOND] = second
-        monitors = [*connections] if qmp is None else [*connections, QMP_CHARDEV]
-        form = _MONITOR_QMP if _has_monitor_qmp(process.pid, configuration) else _MON
-        with contextlib.suppress(BrokenPipeError):  # QEMU has ended; the caller finds out why
-            texts = [_CHARDEV.format(name=n, fd=c.fileno()) for n, c in connections.items()]
-            description.write(_HEAD.join(texts))
-            description.writelines(form.format(name=name) for name in monitors)
-            description.close()
-        on_failure.pop_all()
-        return QemuProcess(process, started_at, monitor, lifeline, errors, qmp)
+    return WaitingQemu(
+        command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr, second=second
+    ).go()
 
 
 def _has_monitor_qmp(pid: int, configuration: int) -> bool:
@@ -211,87 +257,9 @@ def _unread(pipe: int) -> int:
     return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
-class _ErrorOutput:
-    """Standard error of a process: kept at first, later passed on to ``target``."""
-
-    def __init__(self, target: Stream) -> None:
-        self._stream = target
-        self._target = _descriptor(target)
-        self._kept: bytearray | None = bytearray()
-        self._lock = threading.Lock()
-        self._reader, self.writer = os.pipe2(os.O_CLOEXEC)
-        self._thread = threading.Thread(target=self._pump, name="pyqmigrate-stderr", daemon=True)
-        try:
-            start_thread(self._thread)
-        except BaseException:
-            for fd in (self._reader, self._target, self.writer):
-                os.close(fd)
-            raise
-
-    def close_writer(self) -> None:
-        """Close the end that the process inherited."""
-        if self.writer >= 0:
-            os.close(self.writer)
-            self.writer = -1
-
-    def text(self) -> str:
-        with self._lock:
-            return (self._kept or b"").decode("utf-8", "replace").strip()
-
-    def hand_over(self) -> None:
-        with self._lock:
-            kept, self._kept = self._kept, None
-            if not kept:
-                return
-            if self._target >= 0:
-                self._write(bytes(kept))
-                return
-            self._target = _descriptor(self._stream)  # the process has ended
-            self._write(bytes(kept))
-            self._close_target()
-
-    def join(self, timeout: float = _LAST_WORDS) -> None:
-        """Wait until the process has closed it."""
-        self._thread.join(timeout)
-
-    def _pump(self) -> None:
-        try:
-            while data := os.read(self._reader, 65536):
-                with self._lock:
-                    if self._kept is None:
-                        self._write(data)
-                    else:
-                        self._kept += data
-                        del self._kept[:-_KEPT]
-        finally:
-            os.close(self._reader)
-            with self._lock:
-                self._close_target()
-
-    def _close_target(self) -> None:
-        os.close(self._target)
-        self._target = -1
-
-    def _write(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # without a reader; QEMU goes on
-            while data:
-                data = data[os.write(self._target, data) :]
-
-
-def _descriptor(target: Stream) -> int:
-    """Return a new descriptor that writes to ``target``."""
-    if target == subprocess.DEVNULL:
-        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    number = 2 if target is None else target if isinstance(target, int) else target.fileno()
-    try:
-        return os.dup(number)
-    except OSError:  # a process without standard error
-        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-
-
-def _describe(what: str, process: subprocess.Popen[bytes], errors: _ErrorOutput) -> str:
+def _describe(what: str, process: subprocess.Popen[bytes], errors: ErrorOutput) -> str:
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_LAST_WORDS)
+        process.wait(LAST_WORDS)
     code = process.returncode
     if code is not None:
         errors.join()

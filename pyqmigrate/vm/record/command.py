@@ -16,7 +16,7 @@ from pathlib import Path
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on, is_qemu
 from pyqmigrate.vm.qemu.disk_options import with_image
-from pyqmigrate.vm.qemu.spawn import QMP_CHARDEV
+from pyqmigrate.vm.qemu.spawn import OWN_CONFIGURATION, QMP_CHARDEV
 from pyqmigrate.vm.record.contents import VmRecord
 from pyqmigrate.vm.record.disk_check import is_path, pair_disks
 
@@ -109,13 +109,19 @@ def _directory(record: VmRecord) -> str | None:
 
 def _without_own_monitors(command: CommandLine) -> CommandLine:
     """Remove the options that a restore by this package added for its monitors."""
-    options = command.options
+    options = [*command.options]
     if options and f"id={QMP_CHARDEV}," in (options[-1].value or ""):
-        options = options[:-1]
-    last = options[-1] if options else None
-    if last is None or last.name != "readconfig" or not _OWN.fullmatch(last.value or ""):
-        return command
-    return command._replace(options=options[:-1])
+        options.pop()
+    # Earlier saves recorded it at the end, in the second form.
+    for place, pattern in ((0, OWN_CONFIGURATION), (-1, _OWN)):
+        if (
+            options
+            and options[place].name == "readconfig"
+            and re.fullmatch(pattern, options[place].value or "")
+        ):
+            del options[place]
+            return command._replace(options=tuple(options))
+    return command
 
 
 def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:

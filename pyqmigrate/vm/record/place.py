@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from pathlib import Path
 
 from pyqmigrate.io.place import resolve_symlink
@@ -23,6 +22,8 @@ def record_path(snapshot: str | os.PathLike[str]) -> Path:
     path = resolve_symlink(target_path(snapshot))
     name = os.fsencode(path.name)
     if len(name) + len(SUFFIX) > _NAME_MAX:
+        import zlib  # a restore waits for each import
+
         checksum = f".{zlib.crc32(name):08x}"
         front = name[: _NAME_MAX - len(SUFFIX) - len(checksum)].decode("utf-8", "ignore")
         return path.with_name(front + checksum + SUFFIX)

@@ -203,7 +203,7 @@ _IMAGES = {
     "pflash": "if=pflash",
 }
 # What this package adds to the command line of a QEMU that it starts: a pipe, with a monitor.
-_OWN_CONFIGURATION = re.compile(r"/proc/self/fd/[0-9]+")
+_OWN_CONFIGURATION = re.compile(r"/proc/self/fd/(\./)?[0-9]+")
 _MONITORS_OFF = (Option("display", "none"), Option("monitor", "none"))
 _SIZE = 1 << 30  # bytes of an image of unknown size; device state seldom depends on it
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")

@@ -15,17 +15,7 @@ from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range
 from pyqmigrate.io.memory import OpenMemory
-from pyqmigrate.io.pages import (
-    BlockPages,
-    StoredPages,
-    count_pages,
-    find_stale,
-    punch_stale,
-    punch_stale_in_turn,
-    ranges_of,
-    read_pages,
-    write_pages,
-)
+from pyqmigrate.io.pages import BlockPages, count_pages, ranges_of, read_pages, write_pages
 
 PAGE = 4096
 PLACES = (1 << 20, 2 << 20)  # of the pages of two blocks
@@ -100,21 +90,6 @@ def test_counting_stays_within_its_ranges(channels: Channels) -> None:
     pages = block(0, bytearray(page(7) * (2 * CHUNK // PAGE)))
     count_pages([pages], channels, "nothing", [Range(0, CHUNK // PAGE, 2)])
     assert set_pages(pages.data) == [CHUNK // PAGE, CHUNK // PAGE + 1]
-
-
-def test_stale_pages_are_found_and_punched(fd: int, channels: Channels) -> None:
-    pages = block(0, bytearray(page(0) * 4))
-    os.pwrite(fd, page(9), PLACES[0] + PAGE)
-    stored = StoredPages(pages.layout, pages.data)
-    stale = Bitmap(4)
-    find_stale(stored, stale, File(fd), channels)
-    assert set_pages(stale) == [1]
-    punch_stale(stored, File(fd), channels)
-    assert os.pread(fd, 4 * PAGE, PLACES[0]) == bytes(4 * PAGE)
-    os.pwrite(fd, page(9), PLACES[0] + 2 * PAGE)
-    found = list(punch_stale_in_turn(stored, File(fd), channels, "file"))
-    assert found == [(Range(0, 0, 4), 1)]
-    assert os.pread(fd, 4 * PAGE, PLACES[0]) == bytes(4 * PAGE)
 
 
 def test_failure_names_the_block_and_the_file(channels: Channels) -> None:

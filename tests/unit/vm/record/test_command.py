@@ -50,12 +50,14 @@ def test_words_of_another_start_are_left_out(path: Path) -> None:
 
 
 def test_own_monitor_of_a_restore_is_left_out(path: Path) -> None:
-    own = ["-readconfig", "/proc/self/fd/7"]
-    assert options(path, "-m", "64", *own) == ["-m", "64"]
+    own, own_before = ["-readconfig", "/proc/self/fd/./7"], ["-readconfig", "/proc/self/fd/7"]
     asked_for = ["-chardev", f"socket,id={QMP_CHARDEV},path=/run/1.qmp,server=on,wait=off"]
-    assert options(path, "-m", "64", *own, *asked_for) == ["-m", "64"]
+    assert options(path, *own, "-m", "64") == ["-m", "64"]
+    assert options(path, *own, "-m", "64", *asked_for) == ["-m", "64"]
+    assert options(path, "-m", "64", *own_before) == ["-m", "64"]
+    assert options(path, "-m", "64", *own_before, *asked_for) == ["-m", "64"]
     with pytest.raises(UsageError, match="readconfig"):
-        options(path, *own, "-m", "64")
+        options(path, *own_before, "-m", "64")
 
 
 def test_monitors_of_one_guest_are_left_out_for_several() -> None:
