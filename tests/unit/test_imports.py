@@ -226,7 +226,8 @@ def test_the_command_does_not_collect_garbage_while_a_restore_is_imported():
         f"{EARLY}\n"
         "print(count() - before)"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "0\n"
+    # One may be due when the command is imported; without its setting there are some 30.
+    assert int(subprocess.check_output([sys.executable, "-c", code], text=True)) <= 1
 
 
 def test_the_library_leaves_the_garbage_collector_alone():
