@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-import pyqmigrate
 from bench.compare.contenders import ANONYMOUS, Contender, SharedRam, touch
+from bench.compare.installed import installed_command
 from bench.disk import Disk
 from bench.results import OURS, QEMU, Sample
 from pyqmigrate.vm import sync
@@ -137,15 +135,14 @@ def restores(
         disk.clear(path)
     with tempfile.TemporaryDirectory(prefix="chatter-") as name:
         bios = chatterer(Path(name))
-        # As pip leaves it; in a tree of one's own it may not be.
-        compileall.compile_dir(Path(pyqmigrate.__file__).parent, quiet=1)
+        command = installed_command(Path(name) / "installed")
         bare = path.with_name(f"{path.name}-bare")  # beside which no record is
         with _saved(size, path, size, bios=bios):
             bare.hardlink_to(path)
             for _ in range(_SERIAL_ROUNDS):
                 add(SERIAL_WORK, QEMU, "fresh", _until_it_speaks(_command(size, bios)))
                 for what, snapshot in (("", path), (", no record", bare)):
-                    ours = [*_PYQMIGRATE, "vm", "restore", str(snapshot), "--"]
+                    ours = [str(command), "vm", "restore", str(snapshot), "--"]
                     sample = _until_it_speaks([*ours, *_command(size, bios)])
                     add(SERIAL_WORK, OURS, f"vm restore, instant{what}", sample)
         disk.clear(path, bare)
@@ -192,9 +189,6 @@ def _command(size: int, bios: Path | None = None) -> list[str]:
         f"{size >> 20}M",
         *(["-bios", str(bios), "-serial", "stdio"] if bios else []),
     ]
-
-
-_PYQMIGRATE = (str(Path(sys.executable).with_name("pyqmigrate")),)
 
 
 def _restore(path: Path, size: int, mode: str) -> Sample:

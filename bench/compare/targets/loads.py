@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from importlib.metadata import distribution
 
 from bench.compare.seal import CACHED, COLD, PLAIN, SEALED, seal_work
 from bench.compare.targets.ratios import rate, ratio
@@ -65,7 +64,7 @@ def restores(results: Results) -> Iterator[Verdict]:
                 (ours - theirs) * 1000,
                 60,
                 "ms",
-                detail=f"{ours * 1000:.0f} ms against {theirs * 1000:.0f} ms{_finder()}",
+                detail=f"{ours * 1000:.0f} ms against {theirs * 1000:.0f} ms",
             )
     if results.names(MEMFD_WORK, OURS):
         wide, full = (results.median(MEMFD_WORK, OURS, n) for n in (MEMFD_WIDE, MEMFD_FULL))
@@ -101,11 +100,3 @@ def seals(results: Results) -> Iterator[Verdict]:
         yield Verdict(
             f"{CACHED}, a core", spent, 4.0, "GB/s", at_least=True, detail=f"{wall:.1f} by the wall"
         )
-
-
-def _finder() -> str:
-    """Return what an editable installation adds to the time of a command."""
-    origin = distribution("pyqmigrate").read_text("direct_url.json") or ""
-    return (
-        "; an editable installation, whose finder is in it" if '"editable": true' in origin else ""
-    )
