@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -265,14 +266,23 @@ def test_a_snapshot_that_changes_is_refused(
     assert not (tmp_path / "compact").exists()
 
 
-def test_a_callback_that_raises_leaves_nothing(tmp_path: Path) -> None:
+def test_a_callback_that_raises_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_base(tmp_path / "guest", {"pc.ram": ram(6000, density=1.0)})
+    read = os.pread
+
+    def read_slowly(fd: int, length: int, offset: int) -> bytes:
+        time.sleep(0.05)  # the callback must be called before the file is complete
+        return read(fd, length, offset)
+
+    monkeypatch.setattr("pyqmigrate.compaction.os.pread", read_slowly)
 
     def stop(_: object) -> None:
         raise Cancelled("enough")
 
     with pytest.raises(Cancelled, match="enough"):
-        compact(tmp_path / "guest", tmp_path / "compact", level=19, progress=stop)
+        compact(tmp_path / "guest", tmp_path / "compact", progress=stop)
     assert {path.name for path in tmp_path.iterdir()} == {"guest"}
 
 

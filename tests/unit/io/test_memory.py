@@ -339,5 +339,6 @@ def test_a_memfd_that_shrinks_under_a_load_is_a_guest_memory_error(disk: Path) -
         except pyqmigrate.GuestMemoryError as error:
             assert error.block == "b"
         else:
-            # Everything may have been read before the file shrank.
-            assert os.fstat(fd).st_size == 0
+            # Everything may have been read before the file shrank. A write that was under way then extends
+            # it again, and nobody can see that.
+            assert os.fstat(fd).st_size in (0, LENGTH)
