@@ -102,7 +102,8 @@ def compact(
         refer to.
     level: of compression, 1 to 19.
     channels: threads that compress, 1 to 255.
-    progress: called on this thread at most ten times a second; if it raises, the work is cancelled.
+    progress: called on this thread at most ten times a second, and once after the end; if it raises before that,
+        the work is cancelled.
 
     The seal, the record (``.vm.json``) and the working set beside the snapshot become part of the file.
     Without a current seal one is made. Raises SnapshotError for a damaged or incomplete snapshot,
