@@ -13,7 +13,9 @@ device and inode before anything changes::
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -91,18 +93,26 @@ def files_in_areas(pid: int, areas: Collection[Area]) -> dict[FileId, str]:
     process are read once."""
     found: dict[FileId, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():
-            bounds, _, rest = line.partition(" ")
-            start, end = (int(number, 16) for number in bounds.split("-"))
-            for area in areas:
-                if start < area.address + area.length and area.address < end:
-                    found |= dict.fromkeys(_mapped_file(pid, rest), area.what)
+        # A name may contain all that splitlines() splits at. Lines are in the order of addresses.
+        lines = Path(f"/proc/{pid}/maps").read_bytes().split(b"\n")[:-1]
+        for area in areas:
+            first = bisect.bisect_right(lines, area.address, key=lambda line: _bounds(line)[1])
+            for line in itertools.islice(lines, first, None):
+                if _bounds(line)[0] >= area.address + area.length:
+                    break
+                found |= dict.fromkeys(_mapped_file(pid, line), area.what)
     return found
 
 
-def _mapped_file(pid: int, mapping: str) -> Iterator[FileId]:
-    """Yield the file of a line of ``maps``, given the part after the addresses."""
-    _, _, device, inode, *path = mapping.split(maxsplit=4)
+def _bounds(line: bytes) -> tuple[int, int]:
+    """Return the address of a mapping and that of its end, which is exclusive."""
+    start, _, end = line[: line.index(b" ")].partition(b"-")
+    return int(start, 16), int(end, 16)
+
+
+def _mapped_file(pid: int, line: bytes) -> Iterator[FileId]:
+    """Yield the file of a line of ``maps``."""
+    _, _, _, device, inode, *path = os.fsdecode(line).split(maxsplit=5)
     if inode == "0":
         return
     major, minor = (int(number, 16) for number in device.split(":"))

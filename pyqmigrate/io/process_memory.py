@@ -149,7 +149,7 @@ def _is_anonymous(memory: ProcessMemory) -> bool:
 
 def _mappings(pid: int) -> Iterator[tuple[int, int, bool]]:
     """Yield start, end, and whether it is private and anonymous, of each mapping, ascending."""
-    with Path(f"/proc/{pid}/maps").open(errors="replace") as file:
+    with Path(f"/proc/{pid}/maps").open(errors="replace", newline="\n") as file:
         for line in file:
             found = _MAPPING.match(line)
             if found is None:

@@ -291,7 +291,7 @@ class RestoredRam:
 def list_mappings(text: str) -> list[Mapping]:
     """The mappings that the text of /proc/PID/maps lists; lines of another form are left out."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a name may contain all that splitlines() splits at
         fields = line.split(maxsplit=5)
         if len(fields) < 5:
             continue
@@ -349,7 +349,7 @@ def _as_mapped(fd: int) -> tuple[str, str]:
         raise UsageError(f"the base cannot be mapped: {error}") from error
     try:
         address = address_of(memory)
-        text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+        text = Path("/proc/self/maps").read_bytes().decode("utf-8", "surrogateescape")
     finally:
         unmap(memory)
     for piece in list_mappings(text):

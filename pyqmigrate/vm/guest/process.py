@@ -198,8 +198,9 @@ def command_of(pid: int) -> CommandLine | None:
 
 def read_mappings(pid: int) -> list[Mapping]:
     """Return the address space of a process, in order. OSError if that is not permitted."""
-    lines = (_PROC / str(pid) / "maps").read_text(errors="surrogateescape").splitlines()
-    return [_mapping(line) for line in lines]
+    text = os.fsdecode((_PROC / str(pid) / "maps").read_bytes())
+    # A name may contain all that splitlines() splits at.
+    return [_mapping(line) for line in text.split("\n") if line]
 
 
 def _mapping(line: str) -> Mapping:

@@ -195,6 +195,22 @@ def test_the_files_of_a_mapping_are_found_by_its_address(precious: Path) -> None
     assert files_mapped(address, MIB, "it")[identity] == "it"
 
 
+def test_a_name_with_all_kinds_of_line_ends_is_one_line(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    path = tmp_path / "a\r\v\f\x1c\x1d\x1e\x85\u2028\n b"
+    path.write_bytes(bytes(MIB))
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
+    assert files_mapped(address, MIB, "it") == {FileId.of(path.stat()): "it"}
+
+
+def test_a_process_that_has_ended_maps_nothing() -> None:
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert files_in_areas(process.pid, [Area(0, MIB, "it")]) == {}
+
+
 def test_memory_of_another_process_is_not_saved_over_the_file_that_it_is(precious: Path) -> None:
     """A process that maps the file: its memory is read from it, and is in the file."""
     script = (

@@ -169,6 +169,16 @@ def test_part_of_a_shared_mapping_is_found_in_its_file(memfd: int) -> None:
     assert read_of(block) == b"needle"
 
 
+def test_a_name_with_all_kinds_of_line_ends_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a\r\v\f\x1c\x1d\x1e\x85\u2028 b"
+    path.write_bytes(bytes(MIB))
+    with path.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), MIB)
+    (mapping,) = covering(read_mappings(os.getpid()), address_of(memory), MIB)
+    assert mapping.path == str(path)
+    memory.close()
+
+
 def test_mapping_in_pieces_of_different_rights_is_one_block(memfd: int) -> None:
     memory = mmap.mmap(memfd, 4 * MIB)
     memory[:6] = b"needle"
