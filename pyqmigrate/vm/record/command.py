@@ -109,19 +109,20 @@ def _directory(record: VmRecord) -> str | None:
 
 def _without_own_monitors(command: CommandLine) -> CommandLine:
     """Remove the options that a restore by this package added for its monitors."""
-    options = [*command.options]
+    options = [
+        option for option in command.options if not _is_configuration(option, OWN_CONFIGURATION)
+    ]
+    is_old = len(options) == len(command.options)
     if options and f"id={QMP_CHARDEV}," in (options[-1].value or ""):
         options.pop()
-    # Earlier saves recorded it at the end, in the second form.
-    for place, pattern in ((0, OWN_CONFIGURATION), (-1, _OWN)):
-        if (
-            options
-            and options[place].name == "readconfig"
-            and re.fullmatch(pattern, options[place].value or "")
-        ):
-            del options[place]
-            return command._replace(options=tuple(options))
-    return command
+    # Earlier versions added their configuration in another form, at the end.
+    if is_old and options and _is_configuration(options[-1], _OWN):
+        options.pop()
+    return command._replace(options=tuple(options))
+
+
+def _is_configuration(option: Option, pattern: str | re.Pattern[str]) -> bool:
+    return option.name == "readconfig" and re.fullmatch(pattern, option.value or "") is not None
 
 
 def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:

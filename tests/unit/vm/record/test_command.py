@@ -54,6 +54,8 @@ def test_own_monitor_of_a_restore_is_left_out(path: Path) -> None:
     asked_for = ["-chardev", f"socket,id={QMP_CHARDEV},path=/run/1.qmp,server=on,wait=off"]
     assert options(path, *own, "-m", "64") == ["-m", "64"]
     assert options(path, *own, "-m", "64", *asked_for) == ["-m", "64"]
+    # A wrapper has put its own options before.
+    assert options(path, "-L", "/bios", *own, "-m", "64") == ["-L", "/bios", "-m", "64"]
     assert options(path, "-m", "64", *own_before) == ["-m", "64"]
     assert options(path, "-m", "64", *own_before, *asked_for) == ["-m", "64"]
     with pytest.raises(UsageError, match="readconfig"):
