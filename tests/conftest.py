@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,14 @@ settings.load_profile("short")
 
 
 def pytest_configure() -> None:
-    """PYQMIGRATE_TEST_QEMU is the qemu-system-x86_64 that tests and their programs start."""
+    """PYQMIGRATE_TEST_QEMU is the qemu-system-x86_64 that tests and their programs start.
+
+    Signals that a shell ignores in the background, or nohup, end the programs of the tests again.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
     chosen = os.environ.get("PYQMIGRATE_TEST_QEMU")
     if not chosen:
         return
