@@ -23,6 +23,7 @@ import os
 import random
 import shutil
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -661,6 +662,8 @@ WORK: dict[str, Work] = {
 
 # ---- a run ----
 
+_LAST_STEPS = 2.0  # seconds that a thread may take to end after it has told of its end
+
 
 def state() -> tuple[set[str], int]:
     """Open descriptors, and threads; the next collection then only examines newer objects."""
@@ -753,7 +756,10 @@ def run(name: str, seed: int, shim: Shim, places: list[Path]) -> tuple[str, str 
 
 
 def look(work: Work, directory: Path, done: bool, before: tuple[set[str], int]) -> str | None:
-    after = state()
+    after, deadline = state(), time.monotonic() + _LAST_STEPS
+    while after[1] > before[1] and time.monotonic() < deadline:
+        time.sleep(0.01)
+        after = state()
     if after != before:
         return f"left open: {after[0] - before[0]}, threads {after[1] - before[1]}"
     try:
