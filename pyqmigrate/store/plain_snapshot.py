@@ -253,14 +253,17 @@ def unnamed_file(directory: Path | None, place: Path | None) -> int:
 
     The caller closes the descriptor. Raises TargetError.
     """
-    tried = [directory, None if place is None else place.parent, Path(tempfile.gettempdir())]
-    error: OSError | None = None
-    for parent in tried:
-        if parent is None:
-            continue
-        try:
-            return os.open(parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as failure:
-            error = failure
-    assert error is not None
-    raise target_error(error, "cannot make a temporary file", tempfile.gettempdir()) from error
+    for parent in (directory, None if place is None else place.parent, Path(tempfile.gettempdir())):
+        if parent is not None:
+            with contextlib.suppress(OSError):
+                return os.open(parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:  # no file system there makes unnamed files
+        fd, name = tempfile.mkstemp()
+    except OSError as error:
+        raise target_error(error, "cannot make a temporary file", tempfile.gettempdir()) from error
+    try:
+        os.unlink(name)
+    except OSError as error:
+        os.close(fd)
+        raise target_error(error, "cannot remove the temporary file", name) from error
+    return fd

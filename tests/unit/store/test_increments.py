@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -204,3 +205,23 @@ def test_no_copy_of_the_memory_is_made(
     add(store, path)
     assert len(sizes) == 1
     assert sizes[0] < MIB
+
+
+def test_a_temporary_file_needs_no_file_system_with_unnamed_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(path: object, flags: int, *arguments: int, **options: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, *arguments, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    fd = plain_snapshot.unnamed_file(tmp_path, tmp_path / "snap")
+    os.write(fd, b"data")
+    assert os.pread(fd, 4, 0) == b"data"
+    assert not os.get_inheritable(fd)
+    os.close(fd)
+    assert not list(tmp_path.iterdir())
