@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyqmigrate.errors import SnapshotError, TargetError
+from pyqmigrate.errors import SnapshotError, target_error
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.seal import HEAD_MAX, SealHead, SealLine
 from pyqmigrate.io.holes import next_hole
@@ -72,11 +72,11 @@ def read_manifest(
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise TargetError(error.errno or errno.EIO, "cannot open the seal", path) from error
+        raise target_error(error, "cannot open the seal", path) from error
     try:
         return _read(fd, limit, wanted)
     except OSError as error:
-        raise TargetError(error.errno or errno.EIO, "cannot read the seal", path) from error
+        raise target_error(error, "cannot read the seal", path) from error
     finally:
         os.close(fd)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, PyqmigrateError, UsageError, target_error
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.incoming.identity import shared_identity
@@ -208,8 +207,8 @@ def make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TargetError(
-            error.errno or errno.EIO, "cannot create the directory of the monitors", directory
+        raise target_error(
+            error, "cannot create the directory of the monitors", directory
         ) from error
 
 

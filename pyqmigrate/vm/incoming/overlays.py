@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import UsageError, target_error
 from pyqmigrate.format.qcow2 import BACKING_MAX, SIZE_MAX, encode_overlay
 from pyqmigrate.vm.guest.overlay_names import overlay_name
 from pyqmigrate.vm.qemu.command_line import CommandLine
@@ -69,7 +69,5 @@ def _create(disk: DiskRecord, directory: Path, prefix: str) -> Path:
             os.close(fd)
             provisional.unlink()
     except OSError as error:
-        raise TargetError(
-            error.errno or errno.EIO, f"cannot create an overlay of disk {disk.name}", path
-        ) from error
+        raise target_error(error, f"cannot create an overlay of disk {disk.name}", path) from error
     return path
