@@ -17,6 +17,7 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import FileMemory, RamBlock, UsageError
+from pyqmigrate.core import Transfer
 from tests.harness.snapshots import SLOW, known_memory, load, ram, save_known
 
 LENGTH = len(known_memory())
@@ -326,19 +327,23 @@ def test_a_memfd_that_shrinks_before_its_pages_are_read_is_a_guest_memory_error(
     assert not (disk / "snap").exists()
 
 
-def test_a_memfd_that_shrinks_under_a_load_is_a_guest_memory_error(disk: Path) -> None:
+def test_a_memfd_that_shrinks_under_a_load_is_a_guest_memory_error(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = ram(512, density=1.0)
     pyqmigrate.save(disk / "snap", [RamBlock("a", memory), RamBlock("b", memory)])
     with memfd() as fd, pyqmigrate.open_snapshot(disk / "snap") as snapshot:
-        job = snapshot.start_load({"a": bytearray(LENGTH), "b": FileMemory(fd)}, channels=1)
-        job.set_max_bandwidth(4 * SLOW)
-        os.ftruncate(fd, 0)
-        job.set_max_bandwidth(0)
-        try:
-            job.result(10)
-        except pyqmigrate.GuestMemoryError as error:
-            assert error.block == "b"
-        else:
-            # Everything may have been read before the file shrank. A write that was under way then extends
-            # it again, and nobody can see that.
-            assert os.fstat(fd).st_size in (0, LENGTH)
+        read = Transfer.read
+
+        def read_and_shrink(*arguments: Any) -> int:  # "a" is read, "b" is not yet
+            result = read(*arguments)
+            os.ftruncate(fd, 0)
+            return result
+
+        # One thread reads the blocks, one after the other.
+        monkeypatch.setattr("pyqmigrate.snapshot.load.mapped_ram._THREADS_A_CHANNEL", 1)
+        monkeypatch.setattr(Transfer, "read", read_and_shrink)
+        with pytest.raises(pyqmigrate.GuestMemoryError) as caught:
+            snapshot.load({"a": bytearray(LENGTH), "b": FileMemory(fd)}, channels=1)
+        assert os.fstat(fd).st_size == 0
+    assert caught.value.block == "b"

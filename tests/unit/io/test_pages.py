@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -41,14 +39,6 @@ def select(npages: int, *pages: int) -> Bitmap:
     for number in pages:
         bitmap.core[number // 64] |= 1 << number % 64
     return bitmap
-
-
-@pytest.fixture
-def fd() -> Iterator[int]:
-    fd = os.memfd_create("file")
-    os.truncate(fd, 4 << 20)
-    with contextlib.closing(os.fdopen(fd, "r+b")):
-        yield fd
 
 
 @pytest.fixture(params=[1, 3])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
-
-import pytest
 
 from pyqmigrate.core import File
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
@@ -17,14 +13,6 @@ from pyqmigrate.io.stale_pages import StoredPages, find_stale, punch_stale, punc
 PAGE = 4096
 PLACE = 1 << 20
 OLD = bytes([9]) * PAGE
-
-
-@pytest.fixture
-def fd() -> Iterator[int]:
-    fd = os.memfd_create("file")
-    os.truncate(fd, 4 << 20)
-    with contextlib.closing(os.fdopen(fd, "r+b")):
-        yield fd
 
 
 def test_stale_pages_are_found_and_punched(fd: int) -> None:
