@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from pyqmigrate.errors import UsageError
+from pyqmigrate.io.maps_file import read_maps
 
 __all__ = [
     "Area",
@@ -93,8 +94,7 @@ def files_in_areas(pid: int, areas: Collection[Area]) -> dict[FileId, str]:
     process are read once."""
     found: dict[FileId, str] = {}
     with contextlib.suppress(OSError):
-        # A name may contain all that splitlines() splits at. Lines are in the order of addresses.
-        lines = Path(f"/proc/{pid}/maps").read_bytes().split(b"\n")[:-1]
+        lines = read_maps(pid)
         for area in areas:
             first = bisect.bisect_right(lines, area.address, key=lambda line: _bounds(line)[1])
             for line in itertools.islice(lines, first, None):
@@ -104,15 +104,15 @@ def files_in_areas(pid: int, areas: Collection[Area]) -> dict[FileId, str]:
     return found
 
 
-def _bounds(line: bytes) -> tuple[int, int]:
+def _bounds(line: str) -> tuple[int, int]:
     """Return the address of a mapping and that of its end, which is exclusive."""
-    start, _, end = line[: line.index(b" ")].partition(b"-")
+    start, _, end = line[: line.index(" ")].partition("-")
     return int(start, 16), int(end, 16)
 
 
-def _mapped_file(pid: int, line: bytes) -> Iterator[FileId]:
+def _mapped_file(pid: int, line: str) -> Iterator[FileId]:
     """Yield the file of a line of ``maps``."""
-    _, _, _, device, inode, *path = os.fsdecode(line).split(maxsplit=5)
+    _, _, _, device, inode, *path = line.split(maxsplit=5)
     if inode == "0":
         return
     major, minor = (int(number, 16) for number in device.split(":"))

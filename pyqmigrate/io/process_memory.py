@@ -15,11 +15,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyqmigrate._core as _core
 from pyqmigrate.errors import GuestMemoryError, UsageError
+from pyqmigrate.io.maps_file import read_maps
 
 __all__ = ["ProcessMemory", "ProcessSource"]
 
@@ -149,11 +149,10 @@ def _is_anonymous(memory: ProcessMemory) -> bool:
 
 def _mappings(pid: int) -> Iterator[tuple[int, int, bool]]:
     """Yield start, end, and whether it is private and anonymous, of each mapping, ascending."""
-    with Path(f"/proc/{pid}/maps").open(errors="replace", newline="\n") as file:
-        for line in file:
-            found = _MAPPING.match(line)
-            if found is None:
-                continue
-            start, stop, sharing, inode, name = found.groups()
-            named = name not in ("", "[heap]") and not name.startswith("[anon:")
-            yield int(start, 16), int(stop, 16), sharing == "p" and inode == "0" and not named
+    for line in read_maps(pid):
+        found = _MAPPING.match(line)
+        if found is None:
+            continue
+        start, stop, sharing, inode, name = found.groups()
+        named = name not in ("", "[heap]") and not name.startswith("[anon:")
+        yield int(start, 16), int(stop, 16), sharing == "p" and inode == "0" and not named

@@ -32,6 +32,7 @@ from pyqmigrate.errors import GuestMemoryError, UsageError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, check_channels
 from pyqmigrate.io.mapping import unmap
+from pyqmigrate.io.maps_file import map_lines
 from pyqmigrate.io.pagemap import Find, MappedPages, address_of, can_scan, list_runs
 
 __all__ = ["ChangedPages", "RestoredRam", "RestoredBlock", "Mapping", "list_mappings"]
@@ -291,7 +292,7 @@ class RestoredRam:
 def list_mappings(text: str) -> list[Mapping]:
     """The mappings that the text of /proc/PID/maps lists; lines of another form are left out."""
     found = []
-    for line in text.split("\n"):  # a name may contain all that splitlines() splits at
+    for line in map_lines(text):
         fields = line.split(maxsplit=5)
         if len(fields) < 5:
             continue

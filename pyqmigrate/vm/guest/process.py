@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pyqmigrate.errors import GuestMemoryError, UsageError
+from pyqmigrate.io.maps_file import read_maps
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.peer import Peer, read_status
 
@@ -198,9 +199,7 @@ def command_of(pid: int) -> CommandLine | None:
 
 def read_mappings(pid: int) -> list[Mapping]:
     """Return the address space of a process, in order. OSError if that is not permitted."""
-    text = os.fsdecode((_PROC / str(pid) / "maps").read_bytes())
-    # A name may contain all that splitlines() splits at.
-    return [_mapping(line) for line in text.split("\n") if line]
+    return [_mapping(line) for line in read_maps(pid)]
 
 
 def _mapping(line: str) -> Mapping:
