@@ -253,17 +253,12 @@ def unnamed_file(directory: Path | None, place: Path | None) -> int:
 
     The caller closes the descriptor. Raises TargetError.
     """
-    for parent in (directory, None if place is None else place.parent, Path(tempfile.gettempdir())):
+    for parent in (directory, None if place is None else place.parent):
         if parent is not None:
             with contextlib.suppress(OSError):
                 return os.open(parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:  # no file system there makes unnamed files
-        fd, name = tempfile.mkstemp()
+    try:
+        with tempfile.TemporaryFile(buffering=0) as file:
+            return os.dup(file.fileno())
     except OSError as error:
         raise target_error(error, "cannot make a temporary file", tempfile.gettempdir()) from error
-    try:
-        os.unlink(name)
-    except OSError as error:
-        os.close(fd)
-        raise target_error(error, "cannot remove the temporary file", name) from error
-    return fd
