@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from pyqmigrate.core import Channel, File
-from pyqmigrate.errors import SnapshotError, TargetError
+from pyqmigrate.errors import SnapshotError, target_error
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digester, zero_digest
 from pyqmigrate.format.seal import PIECE, SealHead, count_pieces
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
@@ -233,9 +233,7 @@ def _read(
             else:
                 got = os.preadv(fd, [buffer[have:length]], offset + have)
         except OSError as error:
-            raise TargetError(
-                error.errno or errno.EIO, "cannot read", name, position=offset + have
-            ) from error
+            raise target_error(error, "cannot read", name, position=offset + have) from error
         if got == 0:
             raise SnapshotError("the file has become shorter", offset=offset + have)
         have += got

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pyqmigrate.errors import SnapshotError, TargetError
+from pyqmigrate.errors import SnapshotError, TargetError, target_error
 from pyqmigrate.format.digest import Data
 from pyqmigrate.format.seal import HEAD_MAX, SealLine
 from pyqmigrate.format.snapshot_companion import LINE_MAX, CompanionKind
@@ -72,7 +72,7 @@ def open_companion(path: Path, kind: CompanionKind) -> Iterator[tuple[int, bytes
         if error.errno in _ABSENT:
             yield None
             return
-        raise TargetError(error.errno or errno.EIO, f"cannot open the {kind.noun}", path) from error
+        raise target_error(error, f"cannot open the {kind.noun}", path) from error
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
@@ -84,7 +84,7 @@ def open_companion(path: Path, kind: CompanionKind) -> Iterator[tuple[int, bytes
     except TargetError:
         raise
     except OSError as error:
-        raise TargetError(error.errno or errno.EIO, f"cannot read the {kind.noun}", path) from error
+        raise target_error(error, f"cannot read the {kind.noun}", path) from error
     finally:
         os.close(fd)
 

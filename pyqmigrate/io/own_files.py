@@ -71,8 +71,8 @@ def check_replaceable(name: str | os.PathLike[str], kind: FileKind) -> Path:
     except OSError as error:
         if error.errno == errno.ENOENT:
             return place
-        raise TargetError(
-            error.errno or errno.EIO, f"cannot check what the {kind.noun} would replace", place
+        raise target_error(
+            error, f"cannot check what the {kind.noun} would replace", place
         ) from error
     if not ours:
         raise UsageError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
 from typing import Any
 
 import pyqmigrate._core as _core
-from pyqmigrate.errors import TargetError
+from pyqmigrate.errors import TargetError, target_error
 from pyqmigrate.io.input import file_size
 
 __all__ = ["cached_bytes", "drop_cached"]
@@ -50,9 +49,7 @@ def _resident_bytes(fd: int, mincore: Any) -> int:
         try:
             window = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
         except OSError as error:
-            raise TargetError(
-                error.errno or errno.EIO, "cannot map the file to see its page cache"
-            ) from error
+            raise target_error(error, "cannot map the file to see its page cache") from error
         with window:
             buffer = _core.ffi.from_buffer("unsigned char[]", window)
             try:
@@ -79,6 +76,4 @@ def drop_cached(fd: int) -> None:
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
-        raise TargetError(
-            error.errno or errno.EIO, "cannot empty the page cache of the file"
-        ) from error
+        raise target_error(error, "cannot empty the page cache of the file") from error

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError, target_error
+from pyqmigrate.errors import Cancelled, NotSupported, UsageError, target_error
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
 from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import Source
@@ -192,7 +192,7 @@ class PipeReader:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             if error.errno != errno.ENXIO or not Path(path).samefile("/dev/stdin"):
-                raise TargetError(error.errno or errno.EIO, "cannot open", path) from error
+                raise target_error(error, "cannot open", path) from error
             self._fd = os.dup(0)  # a socket cannot be opened
 
     @staticmethod
@@ -229,7 +229,7 @@ class PipeReader:
         try:
             yield
         except OSError as error:
-            raise TargetError(error.errno or errno.EIO, "cannot read", self.path) from error
+            raise target_error(error, "cannot read", self.path) from error
 
     def close(self) -> None:
         os.close(self._fd)

@@ -12,7 +12,7 @@ import os
 import stat
 from pathlib import Path
 
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import TargetError, UsageError, target_error
 from pyqmigrate.format.suffixes import SEAL
 
 __all__ = [
@@ -77,7 +77,7 @@ def _read_link(path: Path, name: str) -> str | None:
     except TargetError:
         raise
     except OSError as error:
-        raise TargetError(error.errno or errno.EIO, "cannot follow its links", name) from error
+        raise target_error(error, "cannot follow its links", name) from error
     finally:
         os.close(fd)
 

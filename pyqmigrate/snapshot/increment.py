@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 from pyqmigrate.argument_types import check, check_mapping, check_names
 from pyqmigrate.enums import Clear, Format
-from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError, target_error
 from pyqmigrate.format.increment import IncrementHeader, base_location
 from pyqmigrate.format.stream.block_spec import BlockSpec
 from pyqmigrate.format.stream.configuration import MAPPED_RAM
@@ -327,9 +327,7 @@ def _open_base(increment: str, path: str | Path, header: IncrementHeader) -> Map
     try:
         stream_file = StreamFile.open(path)
     except TargetError as error:
-        raise TargetError(
-            error.errno or errno.EIO, f"cannot open {what}{_ELSEWHERE}", path
-        ) from error
+        raise target_error(error, f"cannot open {what}{_ELSEWHERE}", path) from error
     except NotSupported as error:
         raise NotSupported(f"{what} cannot be used: {error}{_ELSEWHERE}") from error
     except SnapshotError as error:
@@ -352,7 +350,7 @@ def _open_base(increment: str, path: str | Path, header: IncrementHeader) -> Map
                 errno.EBUSY, f"{what} is being written by another process", path
             ) from error
         except OSError as error:
-            raise TargetError(error.errno or errno.EIO, f"cannot read {what}", path) from error
+            raise target_error(error, f"cannot read {what}", path) from error
         difference = header.base.differs_from(found)
         if difference is not None:
             raise SnapshotError(

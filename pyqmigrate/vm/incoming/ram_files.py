@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from pyqmigrate.errors import NotSupported, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, TargetError, UsageError, target_error
 from pyqmigrate.format.uri import parse_size
 from pyqmigrate.io.holes import next_data
 from pyqmigrate.snapshot.base import Block, Snapshot
@@ -130,9 +130,7 @@ class RamFiles:
         except FileNotFoundError:
             return  # QEMU creates it
         except OSError as error:
-            raise TargetError(
-                error.errno or errno.EIO, "cannot inspect the memory file", path
-            ) from error
+            raise target_error(error, "cannot inspect the memory file", path) from error
         self._stack.callback(os.close, fd)
         file = _RamFile(fd, path, parse_size(properties.get("offset", "0")), block.length)
         has_data = file.has_data()

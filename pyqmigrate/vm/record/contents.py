@@ -23,7 +23,7 @@ import stat
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pyqmigrate.errors import SnapshotError, TargetError
+from pyqmigrate.errors import SnapshotError, target_error
 from pyqmigrate.vm.record.place import record_path
 
 __all__ = [
@@ -265,11 +265,11 @@ def read_record(snapshot: str | os.PathLike[str]) -> VmRecord | None:
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise TargetError(error.errno or errno.EIO, "cannot open the record", path) from error
+        raise target_error(error, "cannot open the record", path) from error
     try:
         return decode_record(_content(fd))
     except OSError as error:
-        raise TargetError(error.errno or errno.EIO, "cannot read the record", path) from error
+        raise target_error(error, "cannot read the record", path) from error
     except SnapshotError as error:
         raise SnapshotError(f"{os.fspath(path)!r}: {error}") from error
     finally:

@@ -15,7 +15,6 @@ If the process is killed between the two names, the guardian
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import secrets
@@ -23,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import TargetError, UsageError, target_error
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.own_files import FileKind, check_replaceable
 from pyqmigrate.io.place import partial_name, sync_directory
@@ -284,4 +283,4 @@ def _is_same_file(now: ImageState | None, before: ImageState | None) -> bool:
 
 
 def _failed(error: OSError, path: Path) -> TargetError:
-    return TargetError(error.errno or errno.EIO, "cannot write the record of the VM", path)
+    return target_error(error, "cannot write the record of the VM", path)
