@@ -233,14 +233,7 @@ class RestoreAttempt:
         with await self._files(command) as files:
             options = self.options
             other_guests = self._start_lookup()
-            launching = launch(
-                command,
-                options.pass_fds,
-                qmp=options.qmp,
-                stdin=options.stdin,
-                stdout=options.stdout,
-                stderr=options.stderr,
-            )
+            launching = launch(command, options.pass_fds, **options.connections())
             async with await self._wait_for_monitor(launching) as qemu:
                 differences = await self._compare(qemu, command)
                 await asyncio.to_thread(files.clear)

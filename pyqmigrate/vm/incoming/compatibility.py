@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import BlockMismatch, UsageError
 from pyqmigrate.vm.guest import ramblock
-from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from pyqmigrate.vm.incoming.saved_machine import SavedMachine
 from pyqmigrate.vm.qemu.command_line import CommandLine
 
@@ -147,7 +146,9 @@ async def compare_blocks(monitor: Commands, snapshot: Snapshot) -> None:
     Raises BlockMismatch for a block that is missing on either side, or has another length and
     cannot be resized.
     """
-    actual = {line.name: line for line in parse_ramblock(await monitor.hmp("info ramblock"))}
+    actual = {
+        line.name: line for line in ramblock.parse_ramblock(await monitor.hmp("info ramblock"))
+    }
     wanted = {name: block.length for name, block in snapshot.blocks.items()}
     faults = [
         *(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.io.target import Target
@@ -105,10 +104,10 @@ def _load(
     begin: Callable[[InstantStart], None],
 ) -> LoadedInstant:
     with contextlib.ExitStack() as stack:
-        if waiting is not None and waiting.fits(mapped.command, source.mapped_fd):
+        go_on = None if waiting is None else waiting.way_on(mapped.command, source.mapped_fd)
+        if waiting is not None and go_on is not None:
             monitor = stack.enter_context(waiting.monitor)
-            go = partial(waiting.go, mapped.command)
-            started = start_mapped_with(go, source, mapped, options)
+            started = start_mapped_with(go_on, source, mapped, options)
         else:
             if waiting is not None:
                 waiting.end()

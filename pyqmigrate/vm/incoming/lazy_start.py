@@ -188,15 +188,7 @@ class LazyStart:
 
     def _start_qemu(self, command: CommandLine, sockets: _Sockets) -> QemuProcess:
         options = self._options
-        self._qemu = start(
-            command,
-            options.pass_fds,
-            qmp=options.qmp,
-            stdin=options.stdin,
-            stdout=options.stdout,
-            stderr=options.stderr,
-            second=sockets.qemu_monitor,
-        )
+        self._qemu = start(command, options.pass_fds, **options.connections(sockets.qemu_monitor))
         return self._qemu
 
     def _ask(

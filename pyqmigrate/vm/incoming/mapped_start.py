@@ -109,13 +109,7 @@ def start_mapped(
 
     def start_it() -> QemuProcess:
         return start(
-            mapped.command,
-            [source.mapped_fd, *options.pass_fds],
-            qmp=options.qmp,
-            stdin=options.stdin,
-            stdout=options.stdout,
-            stderr=options.stderr,
-            second=second,
+            mapped.command, [source.mapped_fd, *options.pass_fds], **options.connections(second)
         )
 
     return start_mapped_with(start_it, source, mapped, options)

@@ -16,8 +16,11 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.io.direct_io import DirectIO
 
 if TYPE_CHECKING:
+    import socket
+
     from pyqmigrate.vm.incoming.keywords import VmRestoreOptions
     from pyqmigrate.vm.qemu.error_output import Stream
+    from pyqmigrate.vm.qemu.spawn import Connections
 
 __all__ = ["DiskOptions", "Mode", "Push", "RestoreOptions", "check_record"]
 
@@ -96,6 +99,16 @@ class RestoreOptions(NamedTuple):
     working_set: Path | None = None
     push: Push = Push.IDLE
     huge_pages: bool = False
+
+    def connections(self, second: socket.socket | None = None) -> Connections:
+        """Return what connects QEMU with others, with ``second``."""
+        return {
+            "qmp": self.qmp,
+            "stdin": self.stdin,
+            "stdout": self.stdout,
+            "stderr": self.stderr,
+            "second": second,
+        }
 
     @property
     def reads_pages(self) -> bool:

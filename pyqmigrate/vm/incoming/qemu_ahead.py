@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.io.input import InputFile
@@ -44,35 +45,26 @@ class QemuAhead:
         try:
             with qemu_end:  # the end of QEMU must be noticed
                 self._qemu: WaitingQemu | None = WaitingQemu(
-                    command,
-                    [snapshot.fd, *options.pass_fds],
-                    qmp=options.qmp,
-                    stdin=options.stdin,
-                    stdout=options.stdout,
-                    stderr=options.stderr,
-                    second=qemu_end,
+                    command, [snapshot.fd, *options.pass_fds], **options.connections(qemu_end)
                 )
         except BaseException:
             self.monitor.close()
             raise
 
-    def fits(self, command: CommandLine, mapped_fd: int) -> bool:
-        """Return whether it can go on as ``command``, which maps memory from ``mapped_fd``."""
-        return mapped_fd == self.input.fd and self._missing(command) is not None
-
-    def go(self, command: CommandLine) -> QemuProcess:
-        """Let it go on as ``command``, which fits."""
-        sections, qemu = self._missing(command), self._qemu
-        assert sections is not None and qemu is not None
-        self._qemu = None
-        return qemu.go(sections)
-
-    def _missing(self, command: CommandLine) -> str | None:
-        """Return what it lacks of ``command``, as a configuration; None for another command line."""
+    def way_on(self, command: CommandLine, mapped_fd: int) -> Callable[[], QemuProcess] | None:
+        """Return what lets it go on as ``command``, which maps memory from ``mapped_fd``; None if it cannot."""
         count = len(self._command.options)
-        if self._command != command._replace(options=command.options[:count]):
+        if mapped_fd != self.input.fd or self._command != command._replace(
+            options=command.options[:count]
+        ):
             return None
-        return as_configuration(command.options[count:])
+        sections = as_configuration(command.options[count:])
+        return None if sections is None else partial(self._go, sections)
+
+    def _go(self, sections: str) -> QemuProcess:
+        assert self._qemu is not None
+        qemu, self._qemu = self._qemu, None
+        return qemu.go(sections)
 
     def end(self) -> None:
         """End it, unless it went on. Can be called again."""

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import subprocess
 import time
 from collections.abc import Collection
-from pathlib import Path
-from typing import Self
+from typing import Self, Unpack
 
 from pyqmigrate.errors import QemuError
 from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.qemu.command_line import CommandLine
-from pyqmigrate.vm.qemu.error_output import Stream
 from pyqmigrate.vm.qemu.monitor import Monitor
-from pyqmigrate.vm.qemu.spawn import END_TIMEOUT, QemuProcess, start
+from pyqmigrate.vm.qemu.spawn import END_TIMEOUT, Connections, QemuProcess, start
 
 __all__ = ["QemuSession", "answered", "launch"]
 
@@ -75,24 +72,14 @@ class QemuSession:
 
 
 async def launch(
-    command: CommandLine,
-    pass_fds: Collection[int],
-    *,
-    qmp: Path | None = None,
-    stdin: Stream = None,
-    stdout: Stream = None,
-    stderr: Stream = None,
-    second: socket.socket | None = None,
+    command: CommandLine, pass_fds: Collection[int], **connections: Unpack[Connections]
 ) -> QemuSession:
-    """Start ``command`` and wait until its monitor answers; another monitor listens at ``qmp``, and
-    ``second`` is QEMU's end of a connection to one more.
+    """Start ``command`` with its ``connections`` and wait until its monitor answers.
 
-    Streams are as subprocess.Popen takes them; None is this process's own. Raises QemuError with
-    QEMU's standard error when it does not start, UsageError for invalid arguments.
+    Raises QemuError with QEMU's standard error when it does not start, UsageError for invalid
+    arguments.
     """
-    starting = asyncio.to_thread(
-        start, command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr, second=second
-    )
+    starting = asyncio.to_thread(start, command, pass_fds, **connections)
     return await answered(await acquired(starting, QemuProcess.end))
 
 

@@ -24,6 +24,7 @@ import termios
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from pyqmigrate.errors import QemuError, UsageError
 from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
@@ -32,7 +33,15 @@ from pyqmigrate.vm.qemu.command_line import CommandLine, Option, escape, is_qemu
 from pyqmigrate.vm.qemu.error_output import LAST_WORDS, ErrorOutput, Stream
 from pyqmigrate.vm.qemu.lifeline import Lifeline
 
-__all__ = ["END_TIMEOUT", "OWN_CONFIGURATION", "QMP_CHARDEV", "QemuProcess", "WaitingQemu", "start"]
+__all__ = [
+    "END_TIMEOUT",
+    "OWN_CONFIGURATION",
+    "QMP_CHARDEV",
+    "Connections",
+    "QemuProcess",
+    "WaitingQemu",
+    "start",
+]
 
 END_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
 _NAME = "pyqmigrate"
@@ -113,6 +122,20 @@ class QemuProcess:
         self.process.terminate()
 
 
+class Connections(TypedDict, total=False):
+    """What connects a QEMU with others: another monitor that listens at ``qmp``, and standard streams as
+    subprocess.Popen takes them; None is this process's own.
+
+    ``second`` is QEMU's end of a connection to one more monitor; it is borrowed.
+    """
+
+    qmp: Path | None
+    stdin: Stream
+    stdout: Stream
+    stderr: Stream
+    second: socket.socket | None
+
+
 class WaitingQemu:
     """A started QEMU that waits for its configuration: it has opened nothing that its command line names.
 
@@ -121,17 +144,9 @@ class WaitingQemu:
     """
 
     def __init__(
-        self,
-        command: CommandLine,
-        pass_fds: Collection[int],
-        *,
-        qmp: Path | None = None,
-        stdin: Stream = None,
-        stdout: Stream = None,
-        stderr: Stream = None,
-        second: socket.socket | None = None,
+        self, command: CommandLine, pass_fds: Collection[int], **connections: Unpack[Connections]
     ) -> None:
-        self._qmp = qmp
+        self._qmp = qmp = connections.get("qmp")
         self._started_at = time.monotonic()
         with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as inherited:
             self._lifeline = Lifeline()
@@ -149,7 +164,7 @@ class WaitingQemu:
             # First: QEMU takes its options in order.
             options = [Option("readconfig", f"{_CONFIGURATION}{configuration}"), *command.options]
             self._connections = {_NAME: qemu_end.fileno()}
-            if second is not None:
+            if second := connections.get("second"):
                 self._connections[_SECOND] = second.fileno()
             fds = [configuration, self._lifeline.fd, *self._connections.values(), *pass_fds]
             if qmp is not None:
@@ -161,13 +176,13 @@ class WaitingQemu:
                         f"socket,id={QMP_CHARDEV},path={escape(place.path)},server=on,wait=off",
                     )
                 )
-            self._errors = ErrorOutput(stderr)
+            self._errors = ErrorOutput(connections.get("stderr"))
             inherited.callback(self._errors.close_writer)
             try:
                 self._process = subprocess.Popen(
                     command._replace(options=tuple(options)).argv(),
-                    stdin=stdin,
-                    stdout=stdout,
+                    stdin=connections.get("stdin"),
+                    stdout=connections.get("stdout"),
                     stderr=self._errors.writer,
                     pass_fds=fds,
                     cwd=command.directory,
@@ -203,9 +218,8 @@ class WaitingQemu:
         """End it, at once: it has opened nothing."""
         with contextlib.suppress(BrokenPipeError):
             self._description.close()
-        with contextlib.suppress(
-            PermissionError
-        ):  # it rejects what it has of the configuration, and ends
+        # If this is not permitted, QEMU rejects what it has of the configuration, and ends.
+        with contextlib.suppress(PermissionError):
             self._process.kill()
         self._process.wait()
         self._lifeline.close()
@@ -214,27 +228,17 @@ class WaitingQemu:
 
 
 def start(
-    command: CommandLine,
-    pass_fds: Collection[int],
-    *,
-    qmp: Path | None = None,
-    stdin: Stream = None,
-    stdout: Stream = None,
-    stderr: Stream = None,
-    second: socket.socket | None = None,
+    command: CommandLine, pass_fds: Collection[int], **connections: Unpack[Connections]
 ) -> QemuProcess:
-    """Start ``command`` with an additional monitor, and another one that listens at ``qmp``.
+    """Start ``command`` with an additional monitor, and its ``connections``.
 
-    ``second`` is QEMU's end of a connection to one more monitor; it is borrowed. Streams are as
-    subprocess.Popen takes them; None is this process's own. Do not call it in the main thread: a
-    signal handler that raised between fork and bookkeeping would leave QEMU running.
+    Do not call it in the main thread: a signal handler that raised between fork and bookkeeping would
+    leave QEMU running.
 
     Raises QemuError when the program cannot be started, UsageError for invalid arguments, and for
     an invalid socket path ``qmp``.
     """
-    return WaitingQemu(
-        command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr, second=second
-    ).go()
+    return WaitingQemu(command, pass_fds, **connections).go()
 
 
 def _has_monitor_qmp(pid: int, configuration: int) -> bool:
