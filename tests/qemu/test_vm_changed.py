@@ -8,6 +8,7 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -525,6 +526,8 @@ def run_elsewhere(name: str, directory: Path, *before: str) -> None:
 
 def as_nobody(directory: Path) -> None:
     sys.executable = "/usr/bin/python3"  # for the guardian: ours may be in a directory of root's
+    with tempfile.TemporaryDirectory() as place:
+        SETUP.command(Path(place))  # compiles the guest, whose sources may be there, too
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)

@@ -344,7 +344,11 @@ def test_other_clients_migration_before_the_save_is_left_alone(
     with source(disk, memory="private") as guest:
         with pytest.raises(QemuError, match="under way"):
             guest.save(disk / "snapshot", live=True)  # and tries no other method
-        assert guest.vm.execute("query-migrate")["status"] == "active"
+        deadline = time.monotonic() + 10
+        while (status := guest.vm.execute("query-migrate")["status"]) == "setup":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert status == "active"
         guest.vm.execute("migrate_cancel")
         guest.wait_for_count(guest.count() + 2)
 
